@@ -1,0 +1,81 @@
+"""BlockSwapWrapper: stream a model's blocks inside a VRAM limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..vram.config import SwapConfig
+from ..vram.plan import MODES
+
+
+class BlockSwapWrapper:
+    """MODEL in, the same MODEL out with its transformer blocks streamed from RAM while it samples."""
+
+    DESCRIPTION = (
+        "Runs a model whose weights do not fit your card. Its transformer blocks stay in RAM and pass through the GPU while "
+        "it computes, so that the whole of ComfyUI stays below max_vram_gb while this model samples. The result is the "
+        "same to the bit. Put it between the model loader (or its LoRAs) and the sampler."
+    )
+    CATEGORY = "Intelligent VRAM"
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_TOOLTIPS = ("The model, streamed. LoRAs may be added before or after.",)
+    FUNCTION = "wrap"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": (
+                    "MODEL",
+                    {"tooltip": "A model with transformer blocks: Wan, Flux, HunyuanVideo, Qwen-Image, ..."},
+                ),
+                "max_vram_gb": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1024.0,
+                        "step": 0.1,
+                        "tooltip": "All the VRAM that ComfyUI may use while this model samples, in GiB: weights, slots and "
+                        "activations. 0 is automatic: 80% of the card, or what other programs leave of it.",
+                    },
+                ),
+                "block_size_mb": (
+                    "INT",
+                    {
+                        "default": 300,
+                        "min": 1,
+                        "max": 65536,
+                        "tooltip": "How much is moved at once, in MiB. Smaller needs less VRAM, larger has fewer copies. "
+                        "300 suits most cards, 200 small ones, 500 large ones. layerwise does not use it.",
+                    },
+                ),
+                "swap_mode": (
+                    list(MODES),
+                    {
+                        "default": "adaptive",
+                        "tooltip": "adaptive: measures the first step, then keeps as many blocks in VRAM as the limit holds "
+                        "and chooses sizes by itself. chunkwise: the same with units of block_size_mb, decided once. "
+                        "layerwise: one layer at a time and nothing kept, the least VRAM.",
+                    },
+                ),
+                "empty_cache_freq": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 10000,
+                        "tooltip": "Return cached VRAM to the driver after every so many steps. 0 is never, which is "
+                        "fastest; use 1 when another program on this card needs every bit.",
+                    },
+                ),
+            }
+        }
+
+    def wrap(
+        self, model: Any, max_vram_gb: float, block_size_mb: int, swap_mode: str, empty_cache_freq: int
+    ) -> tuple[Any]:
+        from ..vram.hosts import comfy
+
+        config = SwapConfig.from_user(max_vram_gb, block_size_mb, swap_mode, empty_cache_freq)
+        return (comfy.wrap(model, config),)

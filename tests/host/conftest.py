@@ -1,0 +1,52 @@
+"""A running ComfyUI and tiny models for it, for tests that ask for them by name. Without a ComfyUI they are skipped."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from .checkpoints import write_hunyuan, write_lora, write_wan
+from .comfy import ComfyServer, Host, find_host
+
+LORA_LAYERS = ("blocks.1.self_attn.q", "blocks.1.self_attn.o", "blocks.4.cross_attn.v", "blocks.4.ffn.2")
+
+
+@pytest.fixture(scope="session")
+def comfy_host() -> Host:
+    """The ComfyUI of this machine."""
+    host = find_host()
+    if isinstance(host, str):
+        pytest.skip(host)
+    return host
+
+
+@pytest.fixture(scope="session")
+def comfy_server(comfy_host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """One running ComfyUI for all tests, in which this pack's nodes act on a CPU too."""
+    with ComfyServer(comfy_host, tmp_path_factory.mktemp("comfyui"), env={"INTELLIGENT_VRAM_FORCE": "1"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def wan(comfy_server: ComfyServer) -> str:
+    """File name of a Wan text-to-video model with 6 blocks, bf16."""
+    return write_wan(comfy_server.models / "diffusion_models" / "wan.safetensors").name
+
+
+@pytest.fixture(scope="session")
+def wan_vace(comfy_server: ComfyServer) -> str:
+    """File name of a Wan VACE model with 4 blocks and 2 VACE blocks, bf16."""
+    path = comfy_server.models / "diffusion_models" / "wan_vace.safetensors"
+    return write_wan(path, blocks=4, vace_blocks=2).name
+
+
+@pytest.fixture(scope="session")
+def hunyuan(comfy_server: ComfyServer) -> str:
+    """File name of a HunyuanVideo model with 2 double and 4 single blocks, bf16. Its conditioning is pooled."""
+    return write_hunyuan(comfy_server.models / "diffusion_models" / "hunyuan.safetensors").name
+
+
+@pytest.fixture(scope="session")
+def wan_lora(comfy_server: ComfyServer, wan: str) -> str:
+    """File name of a LoRA that changes layers of blocks 1 and 4 of `wan` and leaves the others alone."""
+    checkpoint = comfy_server.models / "diffusion_models" / wan
+    return write_lora(comfy_server.models / "loras" / "wan_lora.safetensors", checkpoint, LORA_LAYERS).name

@@ -1,0 +1,24 @@
+"""The backend: moves a model's weights between host memory and a device. Knows no host program outside ``hosts/``."""
+
+from .config import SwapConfig
+from .discover import NoBlocks
+from .memory import MemorySnapshot, snapshot
+from .packing import PackedModel, Patches
+from .plan import LimitTooSmall, Plan, preset
+from .swap import Swap, attach
+from .telemetry import ForwardRecord
+
+__all__ = [
+    "ForwardRecord",
+    "LimitTooSmall",
+    "MemorySnapshot",
+    "NoBlocks",
+    "PackedModel",
+    "Patches",
+    "Plan",
+    "Swap",
+    "SwapConfig",
+    "attach",
+    "preset",
+    "snapshot",
+]

@@ -1,0 +1,77 @@
+"""What a user may ask of the engine, checked before anything is touched."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .plan import MODES
+from .units import GIB, MIB
+
+DEFAULT_BLOCK_SIZE = 300 * MIB
+
+
+@dataclass(frozen=True)
+class SwapConfig:
+    """Settings of block swap. Sizes in bytes.
+
+    max_vram: what this process may use of the device in all while the model runs; None: as much as is sensible here.
+    block_size: units are runs of layers up to this size (chunkwise, adaptive).
+    mode: "adaptive", "chunkwise" or "layerwise".
+    empty_cache_every: empty the allocator's cache after every so many forwards; 0 never.
+    streamed_blocks: stream exactly so many blocks, spread evenly, the others resident, instead of planning by max_vram.
+    slots: number of slots instead of the planned one.
+    host_budget: RAM that may be page-locked; None: what leaves the system 4 GiB or 10%, whichever is more.
+    block_names: names or paths of the module lists that hold blocks; None: those that are known.
+    """
+
+    max_vram: int | None = None
+    block_size: int = DEFAULT_BLOCK_SIZE
+    mode: str = "adaptive"
+    empty_cache_every: int = 0
+    streamed_blocks: int | None = None
+    slots: int | None = None
+    host_budget: int | None = None
+    block_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"swap_mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
+        _check("max_vram", self.max_vram, 1, 1 << 50)
+        _check("block_size", self.block_size, 1, 1 << 50)
+        _check("empty_cache_freq", self.empty_cache_every, 0, 1 << 31)
+        _check("streamed_blocks", self.streamed_blocks, 0, 1 << 20)
+        _check("slots", self.slots, 2, 64)
+        _check("host_budget", self.host_budget, 0, 1 << 50)
+
+    @classmethod
+    def from_user(
+        cls, max_vram_gb: float, block_size_mb: float, swap_mode: str, empty_cache_freq: int, **others: object
+    ) -> SwapConfig:
+        """From the numbers of a node or a command line: GiB, MiB; ``max_vram_gb`` 0 is automatic.
+
+        Raises ValueError that names the parameter and what is wrong with it.
+        """
+        for name, value in (("max_vram_gb", max_vram_gb), ("block_size_mb", block_size_mb)):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}; it must be a finite number")
+            if value < 0:
+                raise ValueError(f"{name} is {value}; it cannot be negative")
+        if block_size_mb == 0:
+            raise ValueError("block_size_mb is 0; a unit must hold at least something, 300 is a good size")
+        return cls(
+            max_vram=round(max_vram_gb * GIB) if max_vram_gb else None,
+            block_size=max(1, round(block_size_mb * MIB)),
+            mode=swap_mode,
+            empty_cache_every=empty_cache_freq,
+            **others,
+        )
+
+
+def _check(name: str, value: int | None, low: int, high: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")

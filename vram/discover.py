@@ -1,0 +1,147 @@
+"""Find the blocks and the layers of a model, and everything that belongs to neither."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+BLOCK_LISTS = (
+    "blocks",
+    "vace_blocks",
+    "double_blocks",
+    "single_blocks",
+    "transformer_blocks",
+    "single_transformer_blocks",
+    "layers",
+)
+ATOMIC_TYPES = (nn.MultiheadAttention, nn.RNNBase)
+
+
+class NoBlocks(ValueError):
+    """The model has none of the block lists that were looked for."""
+
+
+@dataclass(frozen=True)
+class Slotted:
+    """A parameter or buffer in its module: ``owner[name]`` is where the module looks it up."""
+
+    path: str
+    owner: dict[str, torch.Tensor | None]
+    name: str
+    tensor: torch.Tensor
+
+
+@dataclass
+class Layer:
+    """What is loaded when ``module`` is called: the tensors of ``module`` and, for an atomic one, of all below it.
+    ``block`` is the index of its block, None outside the block lists."""
+
+    path: str
+    module: nn.Module
+    block: int | None
+    tensors: list[Slotted] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor_bytes(slotted.tensor) for slotted in self.tensors)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of memory behind a tensor; a quantized subclass tells its own."""
+    return int(tensor.nbytes)
+
+
+def own_tensors(module: nn.Module, path: str) -> Iterator[Slotted]:
+    """Parameters and buffers that ``module`` holds itself."""
+    for owner in (module._parameters, module._buffers):
+        for name, tensor in owner.items():
+            if tensor is not None:
+                yield Slotted(f"{path}.{name}" if path else name, owner, name, tensor)
+
+
+def find_blocks(root: nn.Module, names: Sequence[str] | None = None) -> list[tuple[str, nn.Module]]:
+    """The blocks of ``root`` with their paths, in order of definition: the items of each module list whose name (the
+    last part of its path, or the whole path) is in ``names``, by default BLOCK_LISTS. Lists inside blocks do not count.
+
+    Raises NoBlocks, saying what was looked for and which lists there are.
+    """
+    wanted = tuple(names) if names is not None else BLOCK_LISTS
+    found: list[tuple[str, nn.Module]] = []
+    inside: tuple[str, ...] = ()
+    lists: list[str] = []
+    for path, module in root.named_modules():
+        if not isinstance(module, nn.ModuleList) and (names is None or path not in wanted):
+            continue
+        lists.append(path)
+        if (path in wanted or path.rpartition(".")[2] in wanted) and not path.startswith(inside or ("\0",)):
+            found += [(f"{path}.{name}", child) for name, child in module.named_children()]
+            inside = (*inside, f"{path}.")
+    if not found:
+        raise NoBlocks(
+            f"{type(root).__name__} has no list of blocks named {', '.join(wanted)}"
+            + (f"; its module lists are {', '.join(lists)}" if lists else " and no module list at all")
+            + ". Name its block lists to stream it."
+        )
+    return found
+
+
+def _is_atomic(module: nn.Module) -> bool:
+    return isinstance(module, ATOMIC_TYPES) or parametrize.is_parametrized(module) or not any(module.children())
+
+
+def layers_of(module: nn.Module, path: str, block: int | None, skip: Sequence[str] = ()) -> Iterator[Layer]:
+    """The layers of ``module`` in order of definition: its leaves and atomic modules that hold tensors, and each other
+    module that holds tensors itself (with those only). Subtrees whose path is in ``skip`` are left out."""
+    if path in skip:
+        return
+    if _is_atomic(module):
+        tensors = [
+            slotted
+            for name, child in module.named_modules()
+            for slotted in own_tensors(child, f"{path}.{name}" if name else path)
+        ]
+        if tensors:
+            yield Layer(path, module, block, tensors)
+        return
+    own = list(own_tensors(module, path))
+    if own:
+        yield Layer(path, module, block, own)
+    for name, child in module.named_children():
+        yield from layers_of(child, f"{path}.{name}" if path else name, block, skip)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model taken apart: the layers inside blocks and those outside, each in order of definition."""
+
+    block_count: int
+    inside: tuple[Layer, ...]
+    outside: tuple[Layer, ...]
+
+
+def take_apart(root: nn.Module, names: Sequence[str] | None = None) -> Anatomy:
+    """Blocks and layers of ``root``. A module that occurs twice (a block that is used twice) counts once.
+
+    Raises NoBlocks, and ValueError for parameters on the meta device.
+    """
+    blocks = find_blocks(root, names)
+    meta = [path for path, tensor in [*root.named_parameters(), *root.named_buffers()] if tensor.is_meta]
+    if meta:
+        raise ValueError(
+            f"{len(meta)} parameters of {type(root).__name__} are on the meta device and have no data, "
+            f"{meta[0]} first; load the weights before block swap is attached"
+        )
+    inside: list[Layer] = []
+    seen: set[int] = set()
+    for index, (path, block) in enumerate(blocks):
+        for layer in layers_of(block, path, index):
+            if id(layer.module) not in seen:
+                seen.add(id(layer.module))
+                inside.append(layer)
+    paths = [path for path, _ in blocks]
+    outside = [layer for layer in layers_of(root, "", None, skip=paths) if id(layer.module) not in seen]
+    return Anatomy(len(blocks), tuple(inside), tuple(outside))

@@ -1,0 +1,376 @@
+"""Block swap for ComfyUI's own models: a ModelPatcher that streams.
+
+ComfyUI hands models around as patchers: copies that share one module and differ in their patches. Its model management
+asks a patcher to load (``partially_load``), for its size, to give memory back (``partially_unload``) and to go
+(``detach``). The class below answers these with a Swap on the model's transformer; everything else is the host's own.
+Works with ComfyUI 0.3.64 and later; nothing of the host is changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import statistics
+import weakref
+from collections import namedtuple
+from collections.abc import Hashable
+from functools import lru_cache
+from typing import Any
+
+import comfy.float
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import torch
+
+from ..config import SwapConfig
+from ..discover import find_blocks
+from ..packing import PackedModel, Patches
+from ..swap import Swap, attach
+from ..units import format_bytes
+
+log = logging.getLogger(__name__)
+
+ROOT = "diffusion_model"
+FORCE = "INTELLIGENT_VRAM_FORCE"
+
+_Backup = namedtuple("Backup", ["weight", "inplace_update"])
+_static_models: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+class _State:
+    """What block swap keeps on the module that patchers share: the swap and its owner, and the packed weights."""
+
+    def __init__(self) -> None:
+        self.swap: Swap | None = None
+        self.owner: weakref.ref | None = None
+        self.key: Hashable = None
+        self.packed: PackedModel | None = None
+        self.reported = 0
+
+
+def reason_to_pass(device: torch.device) -> str | None:
+    """Why block swap leaves a model on ``device`` alone, in words; None when it does not."""
+    if device.type == "cuda" or os.environ.get(FORCE) == "1":
+        return None
+    return (
+        f"the model runs on {device.type}, where there is no device memory to save; it is passed through unchanged "
+        f"(set {FORCE}=1 to stream all the same)"
+    )
+
+
+def wrap(model: Any, config: SwapConfig) -> Any:
+    """A copy of the MODEL ``model`` whose blocks are streamed as ``config`` says; ``model`` itself where the device has
+    nothing to stream to. Patches made before and after both count.
+
+    Raises NoBlocks for a model without blocks, and TypeError for a patcher that places weights in a way of its own.
+    """
+    reason = reason_to_pass(model.load_device)
+    if reason is not None:
+        log.info("block swap: %s", reason)
+        return model
+    find_blocks(getattr(model.model, ROOT), config.block_names)
+    static = _static(model)
+    patcher = static.clone()
+    patcher.__class__ = _streamed_class(type(static))
+    patcher.swap_config = config
+    patcher.offload_device = torch.device("cpu")
+    return patcher
+
+
+def _static(model: Any) -> Any:
+    """``model`` as a patcher that does not fault its weights in by itself. ComfyUI loads it once from the file; copies of
+    one dynamic model share what was loaded."""
+    is_dynamic = getattr(model, "is_dynamic", None)
+    if is_dynamic is None or not is_dynamic():
+        return model
+    static = model.clone(disable_dynamic=True, model_override=_static_models.get(model.model))
+    _static_models.setdefault(model.model, static.get_clone_model_override())
+    return static
+
+
+@lru_cache(maxsize=8)
+def _streamed_class(base: type) -> type:
+    """``base`` with streaming. Refuses patchers that load weights in another way than ComfyUI's."""
+    if issubclass(base, StreamedPatcher):
+        return base
+    plain = comfy.model_patcher.ModelPatcher
+    for method in ("load", "patch_weight_to_device"):
+        if getattr(base, method) is not getattr(plain, method):
+            raise TypeError(
+                f"block swap cannot take over a model of {base.__module__}.{base.__name__}, which has its own {method}; "
+                "load the model with one of ComfyUI's loaders"
+            )
+    return type(f"Streamed{base.__name__}", (StreamedPatcher, base), {})
+
+
+class StreamedPatcher:
+    """Mixed into the host's ModelPatcher. All copies made by ``clone`` stream too."""
+
+    swap_config: SwapConfig
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        copy = super().clone(*args, **kwargs)
+        copy.swap_config = self.swap_config
+        return copy
+
+    @property
+    def _state(self) -> _State:
+        if "intelligent_vram_state" not in self.model.__dict__:
+            self.model.__dict__["intelligent_vram_state"] = _State()
+        return self.model.__dict__["intelligent_vram_state"]
+
+    @property
+    def swap(self) -> Swap | None:
+        """The swap that this patcher, and not another copy, has attached."""
+        state = self._state
+        return state.swap if state.owner is not None and state.owner() is self else None
+
+    # -- what model management asks --------------------------------------------------------------------------------
+
+    def loaded_size(self) -> int:
+        """Bytes of device memory that the model takes now."""
+        swap = self._state.swap
+        return super().loaded_size() + (swap.device_bytes if swap is not None else 0)
+
+    def get_free_memory(self, device: torch.device) -> int:
+        """What sampling may think is free, for deciding how much to batch: not more than the limit leaves."""
+        host = getattr(super(), "get_free_memory", comfy.model_management.get_free_memory)
+        free, swap = host(device), self.swap
+        if swap is None or device.type != "cuda":
+            return free
+        return max(0, min(free, swap.limit - torch.cuda.memory_allocated(device)))
+
+    def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
+        """Load the model: attach block swap, or go on with what is attached."""
+        state = self._state
+        key = self._key(device_to)
+        with self.use_ejected(skip_and_inject_on_exit_only=True):
+            if self.swap is not None and state.key == key:
+                self.patch_model(load_weights=False)
+                self.apply_hooks(self.forced_hooks, force_apply=True)
+                return 0
+            before = self.loaded_size()
+            self.unpatch_model(self.offload_device, unpatch_weights=True)
+            self.patch_model(load_weights=False)
+            try:
+                self.load(device_to)
+            except BaseException:
+                self.detach()
+                raise
+            state.key = key
+            return self.loaded_size() - before
+
+    def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> None:
+        """Attach block swap to the transformer, with this patcher's patches packed in."""
+        device_to = device_to or self.load_device
+        with self.use_ejected():
+            self._suspend()
+            self.unpatch_hooks()
+            self._set_weight_functions(device_to)
+            state = self._state
+            if state.packed is not None and not state.packed.is_whole():
+                state.packed.close()
+                state.packed = None
+            state.swap = attach(
+                getattr(self.model, ROOT),
+                self.swap_config,
+                device_to,
+                patches=self._patches(),
+                packed=state.packed,
+                progress=_Progress(),
+            )
+            state.packed, state.owner = state.swap.packed, weakref.ref(self)
+            state.reported = 0
+            self._back_up()
+            self.model.to(device_to)
+            self.model.device = device_to
+            self.model.current_weight_patches_uuid = self.patches_uuid
+            for callback in self.get_all_callbacks(comfy.model_patcher.CallbacksMP.ON_LOAD):
+                callback(self, device_to, 0, False, False)
+            self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def partially_unload(self, device_to: torch.device, memory_to_free: int = 0, *args: Any, **kwargs: Any) -> int:
+        """Give back resident units at once. What slots and the rest take goes with ``detach``."""
+        return self.swap.evict(int(min(memory_to_free, 1 << 60))) if self.swap is not None else 0
+
+    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        if unpatch_weights:
+            self._suspend()
+        super().unpatch_model(device_to, unpatch_weights)
+
+    def detach(self, unpatch_all: bool = True) -> Any:
+        """Take block swap off if this copy attached it. The packed weights stay in RAM for the next run."""
+        if self.swap is not None:
+            self._suspend()
+            super().unpatch_model(self.offload_device, True)
+        return super().detach(unpatch_all)
+
+    def cleanup(self) -> None:
+        """The host calls this when sampling is over: say what happened."""
+        super().cleanup()
+        if self.swap is not None:
+            self._report()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _suspend(self) -> None:
+        """Take the swap off, whoever attached it: the module is whole, on the host, unpatched."""
+        state = self._state
+        if state.swap is None:
+            return
+        swap, state.swap, state.owner, state.key = state.swap, None, None, None
+        swap.detach()
+        self.backup.clear()
+        log.debug("block swap taken off %s; its packed weights stay in RAM", type(self.model).__name__)
+
+    def _key(self, device: torch.device) -> Hashable:
+        """What must be the same for an attached swap to go on."""
+        return (
+            self.patches_uuid,
+            self.swap_config,
+            device,
+            self.force_cast_weights,
+            tuple((name, id(patch)) for name, patch in sorted(self.object_patches.items(), key=lambda item: item[0])),
+        )
+
+    def _patches(self, hooked: dict[str, list] | None = None) -> Patches:
+        """This patcher's LoRAs as the engine packs them: made by the host's own code, on the device, once. ``hooked`` are
+        further patches of hooks, by key."""
+        hooked = hooked or {}
+
+        def key_of(path: str) -> str:
+            return f"{ROOT}.{path.replace('_orig_mod.', '')}"
+
+        def signature(path: str) -> Hashable | None:
+            key = key_of(path)
+            patches = (*self.patches.get(key, ()), *hooked.get(key, ()))
+            # the patches themselves are part of the signature: while it is kept, so is what their id names
+            return tuple(_Patch(patch) for patch in patches) or None
+
+        def apply(path: str, tensor: torch.Tensor) -> torch.Tensor:
+            return self._patched_weight(key_of(path), tensor, hooked.get(key_of(path)))
+
+        return Patches(signature, apply)
+
+    def _patched_weight(self, key: str, original: torch.Tensor, hooked: list | None) -> torch.Tensor:
+        """The weight ``key`` as the host patches it when it loads a model whole; ``original`` stays as it is."""
+        module, name = self._resolve(key)
+        if key in self.patches:
+            if "return_weight" in inspect.signature(super().patch_weight_to_device).parameters:
+                weight = super().patch_weight_to_device(key, device_to=self.load_device, return_weight=True)
+            else:
+                try:
+                    super().patch_weight_to_device(key, device_to=self.load_device)
+                    weight = getattr(module, name)
+                finally:
+                    self.backup.pop(key, None)
+                    module._parameters[name] = original
+        else:
+            weight = original.to(self.load_device, copy=True)
+        if hooked:
+            patched = comfy.lora.calculate_weight(hooked, weight.to(torch.float32), key)
+            seed = comfy.model_patcher.string_to_seed(key)
+            weight = comfy.float.stochastic_rounding(patched, original.dtype, seed=seed)
+        return weight
+
+    def _resolve(self, key: str) -> tuple[torch.nn.Module, str]:
+        path, _, name = key.rpartition(".")
+        return comfy.utils.get_attr(self.model, path), name
+
+    def _set_weight_functions(self, device: torch.device) -> None:
+        """Casts and wrappers that the host puts on layers of a loaded model, set as its own ``load`` does."""
+        for name, module in self.model.named_modules():
+            if not hasattr(module, "comfy_cast_weights"):
+                continue
+            comfy.model_patcher.wipe_lowvram_weight(module)
+            module.comfy_force_cast_weights = self.force_cast_weights
+            wrappers = {kind: self.weight_wrapper_patches.get(f"{name}.{kind}", []) for kind in ("weight", "bias")}
+            if not self.force_cast_weights and not any(wrappers.values()):
+                continue
+            module.prev_comfy_cast_weights = module.comfy_cast_weights
+            module.comfy_cast_weights = True
+            module.weight_function = [*wrappers["weight"]]
+            module.bias_function = [*wrappers["bias"]]
+            comfy.model_patcher.move_weight_functions(module, device)
+            self.model.model_lowvram = True
+
+    def _back_up(self) -> None:
+        """Originals of patched weights, where the host looks for them when it merges or saves models."""
+        originals = {f"{ROOT}.{slotted.path}": slotted.tensor for slotted in self._state.swap.tensors()}
+        for key in self.patches:
+            if key in originals:
+                self.backup[key] = _Backup(originals[key], False)
+
+    # -- hooks (weights that change during sampling) -----------------------------------------------------------------
+
+    def patch_hooks(self, hooks: Any) -> None:
+        """Weights patched for a span of the sampling: packed anew where they change."""
+        swap = self.swap
+        if swap is None:
+            return super().patch_hooks(hooks)
+        with self.use_ejected():
+            hooked = self.get_combined_hook_patches(hooks=hooks) if hooks is not None else {}
+            swap.repack(self._patches(hooked))
+            self.current_hooks = hooks
+        return None
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        swap = self.swap
+        if swap is None:
+            return super().unpatch_hooks(whitelist_keys_set)
+        if self.current_hooks is not None:
+            swap.repack(self._patches())
+            self.current_hooks = None
+        return None
+
+    def _report(self) -> None:
+        swap, state = self.swap, self._state
+        records = [record for record in swap.telemetry.records(wait=True) if record.index >= state.reported]
+        if not records:
+            return
+        state.reported = records[-1].index + 1
+        seconds = statistics.median(record.seconds for record in records)
+        stall = statistics.median(record.stall for record in records)
+        streamed = statistics.median(record.streamed_bytes for record in records)
+        peak = max(record.peak_bytes for record in records)
+        log.info(
+            "block swap: %d forwards, median %.0f ms, of which %.0f ms waited for copies; %s streamed in each%s; %s",
+            len(records),
+            seconds * 1000,
+            stall * 1000,
+            format_bytes(streamed),
+            f", peak {format_bytes(peak)} of {format_bytes(swap.limit)}" if peak else "",
+            swap.plan.describe(),
+        )
+
+
+class _Patch:
+    """A patch of the host in a signature: equal when strength, offset and the adapter object are the same."""
+
+    __slots__ = ("identity", "patch")
+
+    def __init__(self, patch: tuple) -> None:
+        self.patch = patch
+        self.identity = tuple(value if isinstance(value, int | float | str) else id(value) for value in patch)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Patch) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+
+class _Progress:
+    """The host's progress bar while weights are packed; an interruption of the prompt ends the packing."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if self._bar is None:
+            self._bar = comfy.utils.ProgressBar(total)
+        self._bar.update_absolute(done, total)

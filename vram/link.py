@@ -1,0 +1,136 @@
+"""How bytes get to the device: the copy stream of a CUDA device, or plain copies where the CPU is the device."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """A point on a stream, as torch.cuda.Event has it."""
+
+    def record(self, stream: object = None) -> None: ...
+    def query(self) -> bool: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, other: Event) -> float: ...
+
+
+class Moment:
+    """A point in time on a CPU, with the interface of torch.cuda.Event."""
+
+    __slots__ = ("seconds",)
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self.seconds = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return None
+
+    def elapsed_time(self, other: Moment) -> float:
+        """Milliseconds from this moment to ``other``."""
+        return (other.seconds - self.seconds) * 1000
+
+
+class Link:
+    """Copies to a device and the ordering between copies and compute. This one serves a CPU: all is synchronous."""
+
+    stream: object = None
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def compute_stream(self) -> object:
+        """The stream that the calling thread computes on."""
+        return None
+
+    def mark(self, stream: object) -> Event:
+        """An event with a time, recorded on ``stream`` now."""
+        moment = Moment()
+        moment.record()
+        return moment
+
+    def event(self) -> Event:
+        """An event that is yet to be recorded."""
+        return Moment()
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy on the copy stream."""
+        target.copy_(source, non_blocking=True)
+
+    def copy_waits_for(self, event: Event) -> None:
+        """Copies queued from now on begin after ``event``."""
+
+    def compute_waits_for(self, event: Event, stream: object) -> None:
+        """Compute queued from now on on the compute stream ``stream`` begins after ``event``."""
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Device memory, uint8, allocated on the compute stream; copies into it begin after what is queued there now."""
+        with torch.inference_mode(False):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def memory_peak(self) -> int:
+        """Highest number of bytes that torch's allocator had in use since ``reset_memory_peak``; 0 on a CPU."""
+        return 0
+
+    def reset_memory_peak(self) -> None:
+        """Begin a new measurement for ``memory_peak``."""
+
+    def synchronize(self) -> None:
+        """Wait for all copies."""
+
+
+class CudaLink(Link):
+    """One copy stream of a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.stream = torch.cuda.Stream(device)
+        self._index = device.index
+
+    def compute_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._index)
+
+    def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def event(self) -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+
+    def copy_waits_for(self, event: torch.cuda.Event) -> None:
+        self.stream.wait_event(event)
+
+    def compute_waits_for(self, event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
+        stream.wait_event(event)
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        buffer = super().empty(nbytes)
+        self.stream.wait_stream(self.compute_stream())
+        return buffer
+
+    def memory_peak(self) -> int:
+        return torch.cuda.memory_stats_as_nested_dict(self.device)["allocated_bytes"]["all"]["peak"]
+
+    def reset_memory_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+
+
+def open_link(device: torch.device) -> Link:
+    """The link to ``device``."""
+    return CudaLink(device) if device.type == "cuda" else Link(device)

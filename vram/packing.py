@@ -1,0 +1,336 @@
+"""The packed weights of a model in host memory: packed once, repacked only where a patch changed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .arena import Arena, FillJob, HostSegment, copy_host
+from .discover import Layer, Slotted
+from .layout import CannotPack, Entry, align, flatten, plan_tensor
+from .plan import LayerSize, cut
+from .staging import Piece
+from .units import format_bytes
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Changes to weights that are made when they are packed (LoRA).
+
+    ``signature(path)`` is None for a weight that is not patched, else a value that changes when its patch does.
+    ``apply(path, tensor)`` returns the patched weight, on any device, in the dtype and shape of ``tensor``, which it
+    leaves alone.
+    """
+
+    signature: Callable[[str], Hashable | None]
+    apply: Callable[[str, torch.Tensor], torch.Tensor]
+
+
+NO_PATCHES = Patches(lambda path: None, lambda path, tensor: tensor)
+
+
+@dataclass
+class PackedEntry:
+    """A weight in its segment; ``signature`` is that of the patch it was packed with."""
+
+    entry: Entry
+    inner: list[torch.Tensor]
+    signature: Hashable | None = None
+
+
+@dataclass
+class PackedLayer:
+    """A layer's place: bytes ``start`` to ``start + nbytes`` of segment number ``segment``."""
+
+    layer: Layer
+    segment: int
+    start: int
+    nbytes: int
+    entries: list[PackedEntry]
+
+
+@dataclass
+class _Segment:
+    nbytes: int
+    layers: list[PackedLayer] = field(default_factory=list)
+    host: HostSegment | None = None
+
+
+def _inner_objects(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor objects that hold the memory of ``tensor``: itself, or those inside a flattenable subclass."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return [inner for name in names for inner in _inner_objects(getattr(tensor, name))]
+    return [tensor]
+
+
+class PackedModel:
+    """Packs layers into segments of an arena. The packed copy replaces the memory of each weight that is not patched,
+    so that weights are in RAM once; the module's tensor objects stay the same ones. ``whole``: the layers are those of
+    the whole model, not only of its blocks."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        layers: Sequence[Layer],
+        segment_bytes: int,
+        budget: int | None = None,
+        whole: bool = False,
+    ) -> None:
+        self.whole = whole
+        self.arena = Arena(device, budget)
+        self.layers: list[PackedLayer] = []
+        self.left_out: list[tuple[Slotted, str]] = []
+        self._segments: list[_Segment] = []
+        self._plan(layers, segment_bytes)
+
+    def _plan(self, layers: Sequence[Layer], segment_bytes: int) -> None:
+        """Lay the layers out: in each block as few segments of up to ``segment_bytes`` as possible, as even as possible;
+        blocks that are smaller share a segment."""
+        groups: list[list[PackedLayer]] = []
+        for packed in filter(lambda packed: packed.entries, map(self._lay_out, layers)):
+            block = packed.layer.block
+            if groups and block is not None and groups[-1][0].layer.block == block:
+                groups[-1].append(packed)
+            else:
+                groups.append([packed])
+        may_join = False
+        for group in groups:
+            in_block = group[0].layer.block is not None
+            size = sum(packed.nbytes for packed in group)
+            if not (in_block and may_join and self._segments[-1].nbytes + size <= segment_bytes):
+                self._segments.append(_Segment(0))
+            sizes = [LayerSize(packed.nbytes, 0, group[0].layer.block) for packed in group]
+            for unit in cut(sizes, segment_bytes):
+                if unit.first:
+                    self._segments.append(_Segment(0))
+                for packed in group[unit.first : unit.last]:
+                    self._append(packed)
+            may_join = in_block
+
+    def _append(self, packed: PackedLayer) -> None:
+        """Put a layer at the end of the last segment."""
+        segment = self._segments[-1]
+        packed.segment, packed.start = len(self._segments) - 1, segment.nbytes
+        segment.layers.append(packed)
+        segment.nbytes += packed.nbytes
+        self.layers.append(packed)
+
+    def _lay_out(self, layer: Layer) -> PackedLayer:
+        """A layer's weights, packed from offset 0; what cannot be packed is left out."""
+        entries, size = [], 0
+        for slotted in layer.tensors:
+            try:
+                parts, rebuild = flatten(slotted.tensor)
+            except CannotPack as reason:
+                self.left_out.append((slotted, str(reason)))
+                continue
+            specs = []
+            for part in parts:
+                specs.append(plan_tensor(part, size))
+                size = align(specs[-1].offset + specs[-1].nbytes)
+            entry = Entry(slotted.path, slotted.owner, slotted.name, slotted.tensor, tuple(specs), rebuild)
+            entries.append(PackedEntry(entry, parts))
+        return PackedLayer(layer, 0, 0, size, entries)
+
+    @property
+    def sizes(self) -> list[LayerSize]:
+        """The layers as planning sees them."""
+        return [LayerSize(layer.nbytes, layer.segment, layer.layer.block) for layer in self.layers]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of packed weights, alignment included."""
+        return sum(segment.nbytes for segment in self._segments)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of RAM that the segments take."""
+        return sum(segment.host.nbytes for segment in self._segments if segment.host is not None)
+
+    def pack(self, patches: Patches = NO_PATCHES, progress: Progress | None = None) -> int:
+        """Pack what is not packed yet, and repack each weight whose patch changed. Returns the bytes written.
+
+        On an exception the module's weights are whole: what was packed stays packed.
+        """
+        written = self._repack(patches)
+        waiting = [segment for segment in self._segments if segment.host is None]
+        planned: list[_Segment] = []
+        jobs: list[FillJob] = []
+        locked = self.arena.page_locked_bytes
+        for segment in waiting:
+            fits = locked + segment.nbytes <= self.arena.budget
+            if fits or self._must_pack(segment, patches):
+                locked += segment.nbytes
+                planned.append(segment)
+                jobs.append(FillJob(segment.nbytes, self._filler(segment, patches), fits, self._here(segment, patches)))
+        if len(planned) < len(waiting):
+            left = sum(segment.nbytes for segment in waiting) - sum(segment.nbytes for segment in planned)
+            log.warning(
+                "%s of weights do not fit the %s of RAM that may be page-locked; they stay where they are and stream "
+                "through a staging ring, which is slower",
+                format_bytes(left),
+                format_bytes(self.arena.budget),
+            )
+        total, done = sum(segment.nbytes for segment in planned), 0
+
+        def finished(index: int, host: HostSegment) -> None:
+            nonlocal done
+            segment = planned[index]
+            segment.host = host
+            for layer in segment.layers:
+                for packed in layer.entries:
+                    if packed.signature is None:
+                        self._adopt(packed, host.buffer, layer.start)
+            done += segment.nbytes
+            if progress is not None:
+                progress(done, total)
+
+        self.arena.fill(jobs, finished)
+        return written + total
+
+    @staticmethod
+    def _here(segment: _Segment, patches: Patches) -> bool:
+        """Whether a segment has to be packed by the calling thread: weights that are patched or come from a device."""
+        return any(
+            patches.signature(packed.entry.path) is not None or any(part.device.type != "cpu" for part in packed.inner)
+            for layer in segment.layers
+            for packed in layer.entries
+        )
+
+    def _must_pack(self, segment: _Segment, patches: Patches) -> bool:
+        """Whether a segment cannot be streamed from where its weights are: patched, strided or on a device."""
+        return self._here(segment, patches) or any(
+            tuple(part.stride()) != spec.stride
+            for layer in segment.layers
+            for packed in layer.entries
+            for part, spec in zip(packed.inner, packed.entry.specs, strict=True)
+        )
+
+    def _filler(self, segment: _Segment, patches: Patches) -> Callable[[torch.Tensor], None]:
+        def fill(buffer: torch.Tensor) -> None:
+            for layer in segment.layers:
+                for packed in layer.entries:
+                    packed.signature = patches.signature(packed.entry.path)
+                    parts = packed.inner if packed.signature is None else self._patched(packed, patches)
+                    for spec, part in zip(packed.entry.specs, parts, strict=True):
+                        copy_host(spec, part, buffer[layer.start : layer.start + layer.nbytes])
+
+        return fill
+
+    @staticmethod
+    def _patched(packed: PackedEntry, patches: Patches) -> list[torch.Tensor]:
+        path = packed.entry.path
+        parts, _ = flatten(patches.apply(path, packed.entry.host))
+        for spec, part in zip(packed.entry.specs, parts, strict=True):
+            if tuple(part.shape) != spec.shape or part.dtype != spec.dtype:
+                raise ValueError(
+                    f"the patched weight {path} is {tuple(part.shape)} {part.dtype}, not {spec.shape} {spec.dtype}"
+                )
+        return parts
+
+    @staticmethod
+    def _adopt(packed: PackedEntry, buffer: torch.Tensor, start: int) -> None:
+        """Let the module's own tensor live in the packed copy, and so release the memory it had."""
+        for spec, inner in zip(packed.entry.specs, _inner_objects(packed.entry.host), strict=True):
+            inner.data = spec.shifted(-start).view(buffer)
+        packed.inner = flatten(packed.entry.host)[0]
+
+    def _repack(self, patches: Patches) -> int:
+        """Bring packed segments up to date with ``patches``."""
+        written = 0
+        for segment in self._segments:
+            if segment.host is None:
+                continue
+            for layer in segment.layers:
+                buffer = segment.host.buffer[layer.start : layer.start + layer.nbytes]
+                for packed in layer.entries:
+                    signature = patches.signature(packed.entry.path)
+                    if signature == packed.signature:
+                        continue
+                    written += self._rewrite(packed, buffer, layer.start, signature, patches, segment.host.buffer)
+        return written
+
+    def _rewrite(
+        self,
+        packed: PackedEntry,
+        buffer: torch.Tensor,
+        start: int,
+        signature: Hashable | None,
+        patches: Patches,
+        whole: torch.Tensor,
+    ) -> int:
+        specs = packed.entry.specs
+        parts = packed.inner if signature is None else self._patched(packed, patches)
+        if packed.signature is None:
+            # the original lives in the packed copy, which is about to be overwritten
+            for inner in _inner_objects(packed.entry.host):
+                inner.data = inner.data.clone(memory_format=torch.preserve_format)
+            packed.inner = flatten(packed.entry.host)[0]
+        for spec, part in zip(specs, parts, strict=True):
+            spec.view(buffer).copy_(part)
+        packed.signature = signature
+        if signature is None:
+            self._adopt(packed, whole, start)
+        return sum(spec.nbytes for spec in specs)
+
+    def is_whole(self) -> bool:
+        """Whether the module still holds the tensors that were packed, where packing put them: nobody moved, replaced or
+        patched them since."""
+        return all(
+            packed.entry.owner.get(packed.entry.name) is packed.entry.host
+            and (packed.signature is not None or segment.host is None or self._lives_in(packed, segment.host.buffer))
+            for segment in self._segments
+            for layer in segment.layers
+            for packed in layer.entries
+        )
+
+    @staticmethod
+    def _lives_in(packed: PackedEntry, buffer: torch.Tensor) -> bool:
+        start = buffer.data_ptr()
+        return all(
+            inner.device.type == "cpu" and start <= inner.data_ptr() <= start + buffer.numel()
+            for inner in _inner_objects(packed.entry.host)
+        )
+
+    def page_lock(self) -> None:
+        """Page-lock again what ``close`` unregistered, as far as the budget goes."""
+        for segment in self._segments:
+            if segment.host is not None:
+                self.arena.lock(segment.host)
+
+    def source(self, first: int, last: int) -> torch.Tensor | list[Piece]:
+        """Where the bytes of layers ``first`` to ``last`` (exclusive, of one segment) are: page-locked memory as one
+        tensor (on a CPU device: packed memory), else pieces for the staging ring."""
+        segment = self._segments[self.layers[first].segment]
+        begin = self.layers[first].start
+        end = self.layers[last - 1].start + self.layers[last - 1].nbytes
+        if segment.host is not None:
+            span = segment.host.buffer[begin:end]
+            if segment.host.page_locked or self.arena.device.type != "cuda":
+                return span
+            return [Piece(span, 0, end - begin)]
+        return [
+            Piece(part, layer.start - begin + spec.offset, spec.nbytes)
+            for layer in self.layers[first:last]
+            for packed in layer.entries
+            for spec, part in zip(packed.entry.specs, packed.inner, strict=True)
+        ]
+
+    def entries(self, first: int, last: int) -> list[tuple[Entry, int]]:
+        """The weights of layers ``first`` to ``last`` with the shift that binds them to a unit's own buffer."""
+        begin = self.layers[first].start
+        return [(packed.entry, begin - layer.start) for layer in self.layers[first:last] for packed in layer.entries]
+
+    def close(self) -> None:
+        """Unregister the page-locked memory. The weights stay in it, as ordinary memory."""
+        for segment in self._segments:
+            if segment.host is not None:
+                self.arena.drop(segment.host)

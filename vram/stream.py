@@ -1,0 +1,442 @@
+"""The hot loop: slots, prefetch, and the waits between the copy stream and the compute stream.
+
+A unit is *entered* before its first layer computes and *left* after its last. While it is entered its parameters in the
+module are views of device memory; at all other times they are the host's own tensors. The order of use is learned from
+the last forward; whatever comes out of order is copied on demand, so a wrong guess costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .layout import Entry
+from .link import Event, Link
+from .order import Order
+from .plan import Use, issue_windows, smallest_cap
+from .staging import Piece, StagingRing
+from .telemetry import Copy, Telemetry, Visit
+from .units import format_bytes
+
+log = logging.getLogger(__name__)
+
+
+class Slot:
+    """Device memory that a streamed unit is copied into. ``number`` names it for cached views; -1: used once."""
+
+    __slots__ = ("buffer", "free", "number", "unit")
+
+    def __init__(self, buffer: torch.Tensor, number: int) -> None:
+        self.buffer = buffer
+        self.number = number
+        self.unit: StreamUnit | None = None
+        self.free: Event | None = None
+
+
+class Load:
+    """A copy on its way into a slot. ``issued`` is set once the copy is queued, or failed with ``error``."""
+
+    __slots__ = ("error", "issued", "ready")
+
+    def __init__(self, ready: Event) -> None:
+        self.ready = ready
+        self.issued: threading.Event | None = None
+        self.error: Exception | None = None
+
+
+@dataclass(eq=False)
+class StreamUnit:
+    """A unit with its weights: ``source`` is page-locked host memory of ``nbytes``, or pieces that have to be staged.
+    ``entries`` are its parameters with the shift that binds them. ``overlap``: its copy must be hidden behind compute
+    even where that takes memory for two units."""
+
+    index: int
+    nbytes: int
+    entries: Sequence[tuple[Entry, int]]
+    source: torch.Tensor | list[Piece]
+    overlap: bool = True
+    slot: Slot | None = None
+    load: Load | None = None
+    resident: torch.Tensor | None = None
+    active: int = 0
+    bound: bool = False
+    visit: Visit | None = None
+    _views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def bind(self, slot: Slot) -> None:
+        """Let the module see this unit's weights in ``slot``."""
+        views = self._views.get(slot.number)
+        if views is None:
+            with torch.inference_mode(False):
+                views = [entry.bind(slot.buffer, shift) for entry, shift in self.entries]
+            if slot.number >= 0:
+                self._views[slot.number] = views
+        for (entry, _), view in zip(self.entries, views, strict=True):
+            entry.owner[entry.name] = view
+        self.bound = True
+
+    def unbind(self) -> None:
+        """Let the module see the host's tensors again."""
+        for entry, _ in self.entries:
+            entry.owner[entry.name] = entry.host
+        self.bound = False
+
+    def forget_views(self) -> None:
+        """The slots are going."""
+        self._views.clear()
+
+
+class Streamer:
+    """Moves the units of one model. Thread-safe; a unit in use is never overwritten."""
+
+    def __init__(self, link: Link, telemetry: Telemetry) -> None:
+        self.link = link
+        self.telemetry = telemetry
+        self.lock = threading.RLock()
+        self.units: list[StreamUnit] = []
+        self.slots: list[Slot] = []
+        self.order: Order[StreamUnit] = Order()
+        self.floating = False
+        self.floating_bytes = 0
+        self._unit_of: list[StreamUnit] = []
+        self._trace: list[int] = []
+        self._profile: dict[int, int] | None = None
+        self._issue_at: list[int] | None = None
+        self._cap: int | None = None
+        self._spilled = 0
+        self._staging = StagingRing(link)
+
+    # -- configuration, between forwards ---------------------------------------------------------------------------
+
+    def configure(self, units: list[StreamUnit], unit_of: list[StreamUnit], slots: int, slot_bytes: int) -> None:
+        """Take over a new set of units; ``unit_of[layer]`` is a layer's. ``slots == 0``: every load gets memory of its
+        own, given back after use. Allocates the slots; when that fails no unit is bound and the error passes on."""
+        with self.lock:
+            self.release_all()
+            self.slots = []
+            self.units, self._unit_of = units, unit_of
+            self.floating = slots == 0
+            sequence = self.order.sequence or list(range(len(unit_of)))
+            self.order = Order()
+            self._learn(sequence)
+            self.slots = [Slot(self.link.empty(slot_bytes), number) for number in range(slots)]
+
+    def make_resident(self, unit: StreamUnit) -> None:
+        """Copy a unit into device memory of its own and leave it bound. Needs ``unit.nbytes`` of device memory."""
+        with self.lock:
+            self._drop_load(unit)
+            slot = Slot(self.link.empty(unit.nbytes), -1)
+            self._issue(unit, slot)
+            self._await(unit, self.link.compute_stream())
+            unit.slot = unit.load = slot.unit = None
+            unit.resident = slot.buffer
+            unit.bind(slot)
+
+    def evict(self, unit: StreamUnit) -> int:
+        """Drop a resident unit's device memory; it streams from now on. Returns the bytes given back."""
+        with self.lock:
+            if unit.resident is None or unit.active:
+                return 0
+            unit.unbind()
+            unit.resident = None
+            return unit.nbytes
+
+    def release_all(self) -> None:
+        """Unbind all units and forget what the slots hold. Copies under way are waited for."""
+        with self.lock:
+            for unit in self.units:
+                if unit.load is not None and unit.load.issued is not None:
+                    unit.load.issued.wait()
+            self.link.synchronize()
+            for unit in self.units:
+                if unit.bound:
+                    unit.unbind()
+                unit.slot = unit.load = unit.resident = None
+                unit.active = 0
+                unit.forget_views()
+            for slot in self.slots:
+                slot.unit = None
+            self.floating_bytes = 0
+
+    def drop_slots(self) -> None:
+        """Give back the memory of slots and resident units; the next forward needs ``configure`` first."""
+        with self.lock:
+            self.release_all()
+            self.slots = []
+
+    def close(self) -> None:
+        """Unbind everything, end the staging thread, give back all device memory."""
+        self.drop_slots()
+        self._staging.close()
+        self.telemetry.clear()
+        self.units, self._unit_of = [], []
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that slots, resident units and loads take now."""
+        resident = sum(unit.nbytes for unit in self.units if unit.resident is not None)
+        return resident + sum(slot.buffer.numel() for slot in self.slots) + self.floating_bytes
+
+    def relearn(self) -> None:
+        """The set of resident units changed, or what a forward needs is to be measured anew."""
+        with self.lock:
+            self._learn(self.order.sequence)
+
+    def limit_floating(self, cap: int | None) -> None:
+        """Never let prefetching take streamed units and activations together past ``cap`` bytes."""
+        self._cap = cap
+
+    def _learn(self, sequence: Sequence[int]) -> None:
+        self.order.learn(sequence, self._unit_of, {unit for unit in self.units if unit.resident is None})
+        self._issue_at = None
+
+    # -- the forward ----------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A forward of the whole model begins."""
+        with self.lock:
+            self.order.position = 0
+            self._trace = []
+            self.telemetry.begin()
+            if self.floating and self._issue_at is None:
+                self._profile = {}
+                self.link.reset_memory_peak()
+            self._prefetch()
+
+    def end(self, completed: bool, peak: int) -> None:
+        """The forward is over; ``completed`` is False when an exception passes through."""
+        with self.lock:
+            if self._profile is not None and completed:
+                self._measure()
+            for unit in self.units:
+                if unit.bound and not unit.active and unit.resident is None:
+                    self._release(unit)
+            if completed:
+                self.telemetry.end(peak)
+                if self._trace != self.order.sequence:
+                    self._learn(self._trace)
+                elif self._profile is not None:
+                    self._plan_windows()
+            else:
+                self.telemetry.abandon()
+            self._profile = None
+            self.order.position = 0
+            if self.floating:
+                for unit in self.units:
+                    if not unit.bound:
+                        self._drop_load(unit)
+            else:
+                self._prefetch()
+
+    def enter(self, layer: int) -> None:
+        """``layer`` is about to compute on the calling thread's current stream."""
+        started = time.perf_counter()
+        with self.lock:
+            unit = self._unit_of[layer]
+            if self._profile is not None:
+                self._measure()
+            self.order.advance(layer)
+            if self.telemetry.recording:
+                self._trace.append(layer)
+            unit.active += 1
+            if not unit.bound:
+                try:
+                    self._bring(unit)
+                except BaseException:
+                    unit.active -= 1
+                    raise
+                self._prefetch()
+        self.telemetry.host(time.perf_counter() - started)
+
+    def leave(self, layer: int) -> None:
+        """``layer`` has queued its compute, or failed."""
+        started = time.perf_counter()
+        with self.lock:
+            unit = self._unit_of[layer]
+            if self._profile is not None:
+                self._measure()
+            unit.active -= 1
+            if not unit.active and unit.resident is None and unit.bound and self.order.next_unit() is not unit:
+                self._release(unit)
+                self._prefetch()
+        self.telemetry.host(time.perf_counter() - started)
+
+    def _bring(self, unit: StreamUnit) -> None:
+        if unit.load is None:
+            self.telemetry.miss()
+            self._issue(unit, self._demand_slot(unit))
+        stream = self.link.compute_stream()
+        arrive = self.link.mark(stream)
+        self._await(unit, stream)
+        unit.bind(unit.slot)
+        unit.visit = Visit(unit.index, arrive, self.link.mark(stream))
+        self.telemetry.visit(unit.visit)
+
+    def _await(self, unit: StreamUnit, stream: object) -> None:
+        load = unit.load
+        if load.issued is not None:
+            load.issued.wait()
+            if load.error is not None:
+                self._drop_load(unit)
+                raise load.error
+        self.link.compute_waits_for(load.ready, stream)
+
+    def _release(self, unit: StreamUnit) -> None:
+        """The unit's compute is queued: its slot may be overwritten once that is done. What it holds stays valid
+        until then, because weights are read-only."""
+        unit.unbind()
+        slot = unit.slot
+        slot.free = self.link.mark(self.link.compute_stream())
+        if unit.visit is not None:
+            unit.visit.leave = slot.free
+            unit.visit = None
+        if slot.number < 0:
+            self._drop_load(unit)
+
+    def _drop_load(self, unit: StreamUnit) -> None:
+        """Forget a copy of the unit. Memory of its own goes back to the allocator, behind the copy."""
+        slot, load = unit.slot, unit.load
+        if slot is None:
+            return
+        if load.issued is not None:
+            load.issued.wait()
+        unit.slot = unit.load = slot.unit = None
+        if slot.number < 0:
+            if load.error is None:
+                self.link.compute_waits_for(load.ready, self.link.compute_stream())
+            self.floating_bytes -= slot.buffer.numel()
+
+    # -- copies ---------------------------------------------------------------------------------------------------
+
+    def _issue(self, unit: StreamUnit, slot: Slot) -> None:
+        """Queue the copy of ``unit`` into ``slot``, behind the compute that last used the slot."""
+        if slot.unit is not None:
+            if slot.unit.load.issued is not None:
+                slot.unit.load.issued.wait()
+            slot.unit.slot = slot.unit.load = None
+        copy = Copy(unit.index, unit.nbytes, self.link.event(), self.link.event())
+        load = Load(copy.end)
+        free, target = slot.free, slot.buffer
+
+        def before() -> None:
+            if free is not None:
+                self.link.copy_waits_for(free)
+            copy.begin.record(self.link.stream)
+
+        def after(error: Exception | None) -> None:
+            copy.end.record(self.link.stream)
+            load.error = error
+            if error is None:
+                self.telemetry.copy(copy)
+
+        unit.slot, unit.load, slot.unit = slot, load, unit
+        if isinstance(unit.source, torch.Tensor):
+            before()
+            self.link.copy(target[: unit.nbytes], unit.source)
+            after(None)
+            return
+        load.issued = threading.Event()
+
+        def staged(error: Exception | None) -> None:
+            try:
+                after(error)
+            finally:
+                load.issued.set()
+
+        self._staging.submit(unit.source, target, before, staged)
+
+    def _demand_slot(self, unit: StreamUnit) -> Slot:
+        """A slot for a unit that is needed now and that nobody fetched."""
+        if self.floating:
+            return self._own_memory(unit)
+        idle = [slot for slot in self.slots if slot.unit is None or not slot.unit.active]
+        if not idle:
+            self._spilled += 1
+            log.log(
+                logging.WARNING if self._spilled == 1 else logging.DEBUG,
+                "unit %d is needed while all %d slots are in use by units that are computing; %s allocated for it",
+                unit.index,
+                len(self.slots),
+                format_bytes(unit.nbytes),
+            )
+            return self._own_memory(unit)
+        slot = max(idle, key=lambda slot: self.order.distance(slot.unit))
+        if slot.unit is not None and slot.unit.bound:
+            self._release(slot.unit)
+        return slot
+
+    def _own_memory(self, unit: StreamUnit) -> Slot:
+        slot = Slot(self.link.empty(unit.nbytes), -1)
+        self.floating_bytes += unit.nbytes
+        return slot
+
+    def _prefetch(self) -> None:
+        """Begin the copies of the next units, as far as slots allow."""
+        if self.floating:
+            self._prefetch_floating()
+            return
+        runs = self.order.runs
+        here, count = self.order.here(), len(runs)
+        for ahead in range(min(count, len(self.slots) + 1)):
+            unit = runs[(here + ahead) % count].unit
+            if unit.load is not None:
+                continue
+            slot = self._slot_for(ahead)
+            if slot is None:
+                return
+            self._issue(unit, slot)
+
+    def _slot_for(self, ahead: int) -> Slot | None:
+        """The slot whose unit is needed last, if that is later than ``ahead`` runs from here."""
+        best, best_distance = None, ahead
+        for slot in self.slots:
+            if slot.unit is None:
+                return slot
+            if slot.unit.active or slot.unit.bound:
+                continue
+            distance = self.order.distance(slot.unit)
+            if distance > best_distance:
+                best, best_distance = slot, distance
+        return best
+
+    # -- memory on demand (layerwise) ------------------------------------------------------------------------------
+    # A forward is divided into windows by the calls of enter and leave: 2p + 1 inside the p-th layer, 2p before it.
+
+    def _window(self) -> int:
+        position = self.order.position
+        inside = position > 0 and self._unit_of[self.order.sequence[position - 1]].active
+        return 2 * position - 1 if inside else 2 * position
+
+    def _measure(self) -> None:
+        """While profiling: memory in use since the last call, less what streamed units took."""
+        window = self._window()
+        used = self.link.memory_peak() - self.floating_bytes
+        self._profile[window] = max(self._profile.get(window, 0), used)
+        self.link.reset_memory_peak()
+
+    def _plan_windows(self) -> None:
+        """From the profile of a forward: when to begin each copy so that device memory stays as low as it can while
+        the next unit is still copied during compute."""
+        windows = 2 * len(self.order.sequence) + 1
+        activation = [self._profile.get(window, 0) for window in range(windows)]
+        uses = [Use(run.unit.nbytes, 2 * run.first + 1, 2 * run.last + 1, run.unit.overlap) for run in self.order.runs]
+        cap = smallest_cap(uses, activation)
+        if self._cap is not None:
+            cap = min(cap, self._cap)
+        self._issue_at = issue_windows(uses, activation, cap)
+
+    def _prefetch_floating(self) -> None:
+        if self._issue_at is None:
+            return
+        window, runs = self._window(), self.order.runs
+        for index in range(self.order.here(), len(runs)):
+            if self._issue_at[index] > window:
+                return
+            unit = runs[index].unit
+            if unit.load is None:
+                self._issue(unit, self._own_memory(unit))

@@ -1,0 +1,435 @@
+"""Attach block swap to a model and take it off again, leaving no trace."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import limit
+from .adapt import Adapter
+from .config import SwapConfig
+from .discover import Layer, Slotted, take_apart
+from .gates import InstancePatches, gate, hide_from_compile, stay
+from .layout import CannotPack, flatten
+from .link import open_link
+from .memory import snapshot
+from .packing import NO_PATCHES, PackedModel, Patches, Progress
+from .plan import LimitTooSmall, Plan, Unit, cut, single_layers, stream_all
+from .stream import Streamer, StreamUnit
+from .telemetry import Telemetry
+from .units import MIB, format_bytes
+
+log = logging.getLogger(__name__)
+
+# Layers below 1 MiB and below 1/1024 of the weights are resident: copying them costs more in latency than they take.
+SMALL_LAYER = 1 * MIB
+SMALL_SHARE = 1024
+
+
+def resolve(device: torch.device | str) -> torch.device:
+    """``device`` with its index: "cuda" is the current CUDA device."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def attach(
+    root: nn.Module,
+    config: SwapConfig | None = None,
+    device: torch.device | str = "cuda",
+    *,
+    patches: Patches = NO_PATCHES,
+    packed: PackedModel | None = None,
+    progress: Progress | None = None,
+) -> Swap:
+    """Stream ``root``'s blocks to ``device`` from now on, each time ``root`` is called, until ``detach``.
+
+    ``patches`` are applied to weights when they are packed. ``packed`` is what an earlier ``Swap.detach`` of the same
+    model left: only what its patches changed is packed again. ``progress(done, total)`` is told bytes while packing and
+    may raise to break off.
+
+    Raises NoBlocks, ValueError (parameters on the meta device), LimitTooSmall (with the smallest limit that would do),
+    or what allocation raises; the model is then as it was.
+    """
+    swap = Swap(root, config or SwapConfig(), resolve(device))
+    try:
+        swap._attach(patches, packed, progress)
+    except BaseException:
+        swap.detach()
+        raise
+    return swap
+
+
+@dataclass
+class _Placed:
+    """A weight on the device for good, and the signature of the patch that it was made with."""
+
+    signature: Hashable | None
+    tensor: torch.Tensor
+
+
+class Swap:
+    """Block swap attached to one model. Made by ``attach``."""
+
+    def __init__(self, root: nn.Module, config: SwapConfig, device: torch.device) -> None:
+        self.root = root
+        self.config = config
+        self.device = device
+        self.link = open_link(device)
+        self.telemetry = Telemetry(self.link)
+        self.streamer = Streamer(self.link, self.telemetry)
+        self.packed: PackedModel | None = None
+        self.plan: Plan | None = None
+        self.limit = 0
+        self.setup_seconds = 0.0
+        self.rest_bytes = 0
+        self._rest: list[tuple[Slotted, _Placed]] = []
+        self._instance = InstancePatches()
+        self._forward_lock = threading.RLock()
+        self._depth = 0
+        self._held: Any = None
+        self._outside_torch = 0
+        self._sizes: list = []
+        self._adapter: Adapter | None = None
+
+    # -- attach and detach ------------------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> bool:
+        return self.plan is not None
+
+    def _attach(self, patches: Patches, packed: PackedModel | None, progress: Progress | None) -> None:
+        started = time.perf_counter()
+        streamed, rest = self._sort_tensors()
+        now = limit.now_free(self.device)
+        self.limit = self.config.max_vram or limit.automatic_limit(now)
+        whole = self.config.mode == "layerwise"
+        if packed is not None and packed.whole != whole:
+            packed.close()
+            packed = None
+        if packed is None:
+            packed = PackedModel(self.device, streamed, self.config.block_size, self.config.host_budget, whole)
+        self.packed = packed
+        for slotted, reason in packed.left_out:
+            log.warning("%s stays resident, because it cannot be packed: %s", slotted.path, reason)
+        rest += [slotted for slotted, _ in packed.left_out]
+        self._sizes = packed.sizes
+        self._adapter = Adapter(self)
+        first = self._first_plan()
+        self._check_limit(first, rest, now)
+        packed.pack(patches, progress)
+        packed.page_lock()
+        self._place_rest(rest, patches)
+        self._install()
+        self.plan = first
+        self._outside_torch = snapshot(self.device).outside_torch
+        with limit.held(self.device, limit.budget_now(self.device, self.limit, self._outside_torch)):
+            self.apply(first)
+        self.setup_seconds = time.perf_counter() - started
+        log.info(
+            "block swap (%s) attached to %s in %.1f s: %s of blocks in %s of RAM (%s page-locked), %s beside the blocks on "
+            "%s, limit %s; begins with %s",
+            self.config.mode,
+            type(self.root).__name__,
+            self.setup_seconds,
+            format_bytes(packed.packed_bytes),
+            format_bytes(packed.host_bytes),
+            format_bytes(packed.arena.page_locked_bytes),
+            format_bytes(self.rest_bytes),
+            self.device,
+            format_bytes(self.limit),
+            first.describe(),
+        )
+
+    def _sort_tensors(self) -> tuple[list[Layer], list[Slotted]]:
+        """Layers to pack, and tensors that simply live on the device: small layers, tied weights and, but for layerwise
+        mode, everything outside the blocks."""
+        anatomy = take_apart(self.root, self.config.block_names)
+        candidates = [*anatomy.inside]
+        rest: list[Slotted] = []
+        if self.config.mode == "layerwise":
+            candidates = _in_order(self.root, [*anatomy.inside, *anatomy.outside])
+        else:
+            rest += [slotted for layer in anatomy.outside for slotted in layer.tensors]
+        counts = Counter(
+            id(slotted.tensor) for layer in (*anatomy.inside, *anatomy.outside) for slotted in layer.tensors
+        )
+        small = min(SMALL_LAYER, sum(layer.nbytes for layer in candidates) // SMALL_SHARE)
+        streamed: list[Layer] = []
+        for layer in candidates:
+            single = [slotted for slotted in layer.tensors if counts[id(slotted.tensor)] == 1]
+            rest += [slotted for slotted in layer.tensors if counts[id(slotted.tensor)] > 1]
+            if sum(slotted.tensor.nbytes for slotted in single) < small:
+                rest += single
+            elif single:
+                streamed.append(Layer(layer.path, layer.module, layer.block, single))
+        return streamed, rest
+
+    def _first_plan(self) -> Plan:
+        if self.config.mode == "layerwise":
+            return stream_all(single_layers(self._sizes), 0)
+        return self._adapter.first(cut(self._sizes, self.config.block_size))
+
+    def _check_limit(self, plan: Plan, rest: list[Slotted], now: Any) -> None:
+        """Refuse before anything is moved when the weights alone do not fit."""
+        distinct = {id(slotted.tensor): slotted.tensor.nbytes for slotted in rest}
+        beside = sum(distinct.values()) + (now.allocated or 0)
+        smallest = stream_all(plan.units, 2 if plan.slots else 0)
+        needed = beside + (plan if self.config.streamed_blocks is not None else smallest).device_bytes
+        budget = limit.torch_budget(self.limit, now)
+        if needed <= budget:
+            return
+        least = needed + max(0, self.limit - budget)
+        layers = stream_all(single_layers(self._sizes), 0).device_bytes + beside
+        advice = (
+            f" Layerwise mode would do with about {format_bytes(layers + self.limit - budget)}."
+            if self.config.mode != "layerwise" and layers < needed
+            else ""
+        )
+        raise LimitTooSmall(
+            f"max_vram is {format_bytes(self.limit)}, of which {format_bytes(budget)} can be used here, but "
+            f"{type(self.root).__name__} needs {format_bytes(needed)} before any activation: "
+            f"{format_bytes(beside)} beside the blocks and {format_bytes(needed - beside)} for streamed units. The smallest "
+            f"limit that holds its weights is {format_bytes(least)}; activations come on top.{advice}",
+            least,
+        )
+
+    def _place_rest(self, rest: list[Slotted], patches: Patches) -> None:
+        """Copy to the device what does not stream. Tied weights stay tied."""
+        placed: dict[int, _Placed] = {}
+        for slotted in rest:
+            tensor = slotted.tensor
+            if id(tensor) not in placed:
+                placed[id(tensor)] = _Placed(patches.signature(slotted.path), self._on_device(slotted, patches))
+                self.rest_bytes += tensor.nbytes
+            self._rest.append((slotted, placed[id(tensor)]))
+        self._bind_rest()
+
+    def _on_device(self, slotted: Slotted, patches: Patches) -> torch.Tensor:
+        patched = slotted.tensor
+        if patches.signature(slotted.path) is not None:
+            patched = patches.apply(slotted.path, slotted.tensor)
+        return _on_device(patched, slotted.tensor, self.device)
+
+    def _bind_rest(self) -> None:
+        for slotted, placed in self._rest:
+            slotted.owner[slotted.name] = placed.tensor
+
+    def _unbind_rest(self) -> None:
+        for slotted, _ in self._rest:
+            slotted.owner[slotted.name] = slotted.tensor
+
+    def repack(self, patches: Patches) -> None:
+        """Change the patches of an attached model between forwards: only the weights that they touch are packed again."""
+        with (
+            self._forward_lock,
+            limit.held(self.device, limit.budget_now(self.device, self.limit, self._outside_torch)),
+        ):
+            self.streamer.release_all()
+            self._unbind_rest()
+            try:
+                self.packed.pack(patches)
+                for slotted, placed in self._rest:
+                    if placed.signature != patches.signature(slotted.path):
+                        placed.signature = patches.signature(slotted.path)
+                        placed.tensor = self._on_device(slotted, patches)
+            finally:
+                self._bind_rest()
+            self.apply(self.plan)
+
+    def tensors(self) -> Iterator[Slotted]:
+        """All weights that the engine has in its hands, as they are in host memory without patches."""
+        for layer in self.packed.layers:
+            for packed in layer.entries:
+                entry = packed.entry
+                yield Slotted(entry.path, entry.owner, entry.name, entry.host)
+        for slotted, _ in self._rest:
+            yield slotted
+
+    def _install(self) -> None:
+        enter, leave = hide_from_compile(_plain(self.streamer.enter)), hide_from_compile(_plain(self.streamer.leave))
+        for index, packed in enumerate(self.packed.layers):
+            module = packed.layer.module
+            forward = gate(module.forward, _call(enter, index), _call(leave, index))
+            self._instance.set(module, "forward", forward)
+        for module in self.root.modules():
+            if module._parameters or module._buffers:
+                self._instance.set(module, "_apply", stay(module))
+        self._instance.set(self.root, "forward", self._root_gate(self.root.forward))
+
+    def detach(self) -> PackedModel | None:
+        """Take everything off the model: its own parameters, ``forward`` and ``to`` are back, its weights are in host
+        memory, all device memory is given back. Returns the packed weights, which ``attach`` takes again."""
+        with self._forward_lock:
+            self.streamer.close()
+            self._instance.restore()
+            self._unbind_rest()
+            self._rest.clear()
+            self.rest_bytes = 0
+            packed, self.packed, self.plan = self.packed, None, None
+            if packed is not None:
+                packed.close()
+            return packed
+
+    # -- plans -------------------------------------------------------------------------------------------------------
+
+    def apply(self, plan: Plan) -> None:
+        """Take over another plan between forwards."""
+        units = [
+            StreamUnit(
+                index,
+                unit.nbytes,
+                self.packed.entries(unit.first, unit.last),
+                self.packed.source(unit.first, unit.last),
+                overlap=unit.block is not None,
+            )
+            for index, unit in enumerate(plan.units)
+        ]
+        unit_of = [unit for unit, planned in zip(units, plan.units, strict=True) for _ in _layers(planned)]
+        self.streamer.configure(units, unit_of, plan.slots, plan.slot_bytes)
+        self.plan = plan
+        for index in sorted(plan.resident):
+            self.streamer.make_resident(units[index])
+        self.streamer.relearn()
+
+    def evict(self, nbytes: int) -> int:
+        """Give back at least ``nbytes`` of device memory at once, as far as resident units go. Returns what it was.
+        They stream from now on, through at least two slots."""
+        with self._forward_lock, self.streamer.lock:
+            freed = 0
+            resident = [unit for unit in self.streamer.units if unit.resident is not None]
+            if not self.streamer.slots and not self.streamer.floating:
+                nbytes += 2 * max((unit.nbytes for unit in resident), default=0)
+            evicted = set()
+            for unit in resident[1::2] + resident[0::2]:
+                if freed >= nbytes:
+                    break
+                freed += self.streamer.evict(unit)
+                evicted.add(unit.index)
+            if evicted:
+                self._adapter.evicted()
+                self._after_eviction(evicted)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return freed
+
+    def _after_eviction(self, evicted: set[int]) -> None:
+        left = self.plan.resident - evicted
+        streamed = [unit.nbytes for index, unit in enumerate(self.plan.units) if index not in left]
+        slots = self.plan.slots or min(2, len(streamed))
+        self.plan = Plan(self.plan.units, left, slots, max(self.plan.slot_bytes, *streamed))
+        if len(self.streamer.slots) < slots or self.streamer.slots[0].buffer.numel() < self.plan.slot_bytes:
+            self.apply(self.plan)
+        else:
+            self.streamer.relearn()
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that the model's weights take now: beside the blocks, resident, slots."""
+        return self.rest_bytes + self.streamer.device_bytes
+
+    # -- the forward -------------------------------------------------------------------------------------------------
+
+    def _root_gate(self, original: Callable) -> Callable:
+        begin, end = hide_from_compile(_plain(self._begin)), hide_from_compile(_plain(self._end))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            begin(args, kwargs)
+            try:
+                result = original(*args, **kwargs)
+            except BaseException as error:
+                end(error)
+                raise
+            end(None)
+            return result
+
+        return hide_from_compile(forward, recursive=False)
+
+    def _begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._forward_lock.acquire()
+        self._depth += 1
+        if self._depth > 1:
+            return
+        try:
+            budget = limit.budget_now(self.device, self.limit, self._outside_torch)
+            self._held = limit.held(self.device, budget)
+            self._held.__enter__()
+            self._adapter.before(_elements((args, kwargs)), budget)
+            self.streamer.begin()
+        except BaseException as error:
+            self._end(error)
+            raise
+
+    def _end(self, error: BaseException | None) -> None:
+        try:
+            if self._depth == 1:
+                self.streamer.end(error is None, self._adapter.peak())
+                self._adapter.after(error is None)
+                every = self.config.empty_cache_every
+                if every and self.telemetry.forwards % every == 0 and self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        finally:
+            self._depth -= 1
+            if self._depth == 0 and self._held is not None:
+                held, self._held = self._held, None
+                held.__exit__(None, None, None)
+            self._forward_lock.release()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise self._adapter.explain(error) from error
+
+
+def _plain(method: Callable) -> Callable:
+    """A bound method as a function, which takes attributes."""
+
+    def function(*args: Any) -> None:
+        method(*args)
+
+    return function
+
+
+def _call(function: Callable[[int], None], index: int) -> Callable[[], None]:
+    return lambda: function(index)
+
+
+def _layers(unit: Unit) -> range:
+    return range(unit.first, unit.last)
+
+
+def _in_order(root: nn.Module, layers: list[Layer]) -> list[Layer]:
+    """Layers in the order in which their modules are defined."""
+    position = {id(module): index for index, module in enumerate(root.modules())}
+    return sorted(layers, key=lambda layer: position[id(layer.module)])
+
+
+def _on_device(value: torch.Tensor, like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of ``value`` on ``device``, of the class of ``like`` and a Parameter if that is one."""
+    try:
+        _, rebuild = flatten(like)
+        parts, _ = flatten(value)
+    except CannotPack:
+        moved = value.to(device)
+        if isinstance(like, nn.Parameter) and not isinstance(moved, nn.Parameter):
+            moved = nn.Parameter(moved, requires_grad=False)
+        return moved
+    with torch.inference_mode(False):
+        return rebuild([part.to(device, copy=True) for part in parts])
+
+
+def _elements(values: Any) -> int:
+    """Elements of all floating-point tensors in nested arguments: what activations grow with."""
+    if isinstance(values, torch.Tensor):
+        return values.numel()
+    if isinstance(values, dict):
+        return sum(_elements(value) for value in values.values())
+    if isinstance(values, list | tuple):
+        return sum(_elements(value) for value in values)
+    return 0
