@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FIRST_SLOTS = 3
+FIRST_SHARE = 0.6  # of what is free for units and activations, before activations are known
 MARGIN = 32 * MIB
 REGROW_AFTER = 8
 
@@ -37,6 +38,7 @@ class Adapter:
         self._largest = -1
         self._elements = 0
         self._measuring = False
+        self._starved = 0
         self._undecided = False
         self._beside = 0
         self._planned_budget = 0
@@ -56,11 +58,13 @@ class Adapter:
         """Whether the plan is the user's own, or layerwise, which has only one."""
         return self._config.streamed_blocks is not None or self._config.mode == "layerwise"
 
-    def first(self, units: tuple[Unit, ...]) -> Plan:
-        """The plan before anything was measured."""
-        slots = self._config.slots or FIRST_SLOTS
-        if self._config.streamed_blocks is not None:
-            return stream_blocks(units, self._config.streamed_blocks, slots)
+    def first(self) -> Plan:
+        """The plan before anything was measured. Adaptive mode begins small, and smaller after it ran out of memory."""
+        config = self._config
+        units = cut(self.swap._sizes, max(1, config.block_size >> self._starved))
+        slots = config.slots or (FIRST_SLOTS if config.mode == "chunkwise" else 2)
+        if config.streamed_blocks is not None:
+            return stream_blocks(units, config.streamed_blocks, config.slots or FIRST_SLOTS)
         return stream_all(units, slots)
 
     def before(self, elements: int, budget: int) -> None:
@@ -84,9 +88,9 @@ class Adapter:
             swap.streamer.limit_floating(budget)
             swap.streamer.relearn()
         elif not self._fixed:
-            plan = self.first(cut(swap._sizes, self._config.block_size))
+            plan = self.first()
             room = budget - (snapshot(swap.device).allocated or 0) + swap.streamer.device_bytes
-            if plan.device_bytes > room:
+            if plan.device_bytes > room * FIRST_SHARE:
                 plan = stream_all(plan.units, 2)
             if plan != swap.plan:
                 swap.apply(plan)
@@ -95,9 +99,9 @@ class Adapter:
             torch.cuda.reset_peak_memory_stats(swap.device)
 
     def peak(self) -> int:
-        """Highest memory in use during the forward that just ended, in bytes; 0 on a CPU."""
+        """Highest memory in use during the forward that just ended, in bytes; on a CPU that of the weights only."""
         if self.swap.device.type != "cuda":
-            return 0
+            return self.swap.rest_bytes + self.swap.streamer.peak_bytes
         now = snapshot(self.swap.device)
         self._peak_reserved, self._peak_allocated = now.peak_reserved, now.peak_allocated
         return self._peak_allocated
@@ -108,6 +112,7 @@ class Adapter:
             return
         self._measuring = False
         if not completed:
+            self._largest = -1
             return
         swap = self.swap
         self._largest = self._elements
@@ -179,8 +184,11 @@ class Adapter:
         return plan if plan is not None else stream_all(units, 2)
 
     def explain(self, error: torch.OutOfMemoryError) -> torch.OutOfMemoryError:
-        """An out-of-memory error of a forward in words that say what to change."""
+        """An out-of-memory error of a forward in words that say what to change. The next forward begins smaller."""
         swap = self.swap
+        if self._config.mode == "adaptive":
+            self._starved = min(self._starved + 1, 3)
+            self._largest = -1
         return torch.OutOfMemoryError(
             f"The forward needs more than the VRAM limit of {format_bytes(swap.limit)}: {format_bytes(self._peak_allocated)} "
             f"were in use ({format_bytes(swap.device_bytes)} of them weights) when an allocation failed. Raise max_vram_gb, "

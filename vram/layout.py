@@ -113,20 +113,20 @@ def flatten(tensor: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[Sequenc
     if _has_flatten(tensor):
         names, context = tensor.__tensor_flatten__()
         inner = [getattr(tensor, name) for name in names]
-        nested = [flatten(part) for part in inner]
-        counts = [len(parts) for parts, _ in nested]
+        flattened = [flatten(part) for part in inner]
+        nested = [(len(parts), rebuild_inner) for parts, rebuild_inner in flattened]
         cls, size, stride = type(tensor), tensor.shape, tensor.stride()
 
         def rebuild_subclass(parts: Sequence[torch.Tensor]) -> torch.Tensor:
             rebuilt, start = {}, 0
-            for name, count, (_, rebuild_inner) in zip(names, counts, nested, strict=True):
+            for name, (count, rebuild_inner) in zip(names, nested, strict=True):
                 rebuilt[name] = rebuild_inner(parts[start : start + count])
                 start += count
             result = cls.__tensor_unflatten__(rebuilt, context, size, stride)
             result = nn.Parameter(result, requires_grad=False) if is_parameter else result
             return _carry_attributes(tensor, result, skip=names)
 
-        return [part for parts, _ in nested for part in parts], rebuild_subclass
+        return [part for parts, _ in flattened for part in parts], rebuild_subclass
 
     if _is_thin_subclass(tensor):
         thin = type(tensor)

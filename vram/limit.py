@@ -53,8 +53,9 @@ def held(device: torch.device, budget: int) -> Iterator[None]:
         yield
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    # torch before 2.8 cannot tell the fraction that was set
+    # torch before 2.8 cannot tell the fraction that was set, and cudaMallocAsync tells nonsense when none was
     before = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+    before = before if 0.0 < before <= 1.0 else 1.0
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, budget / total)), device)
     try:
         yield

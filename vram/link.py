@@ -107,8 +107,17 @@ class CudaLink(Link):
         return torch.cuda.Event(enable_timing=True)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        with torch.cuda.stream(self.stream):
+        if torch.cuda.current_device() != self._index:
+            with torch.cuda.stream(self.stream):
+                target.copy_(source, non_blocking=True)
+            return
+        # as the context manager does, at half its cost
+        before = torch.cuda.current_stream(self._index)
+        torch.cuda.set_stream(self.stream)
+        try:
             target.copy_(source, non_blocking=True)
+        finally:
+            torch.cuda.set_stream(before)
 
     def copy_waits_for(self, event: torch.cuda.Event) -> None:
         self.stream.wait_event(event)

@@ -12,7 +12,7 @@ from itertools import pairwise
 from .units import format_bytes
 
 MODES = ("adaptive", "chunkwise", "layerwise")
-MIN_SLOTS = 2
+SMALL_UNIT = 64 << 20  # below this the host's work for each unit begins to count
 SLOT_CHOICES = (2, 3, 4, 5, 6, 8)
 
 
@@ -211,20 +211,24 @@ def choose(
     layers: Sequence[LayerSize], measured: Sequence[Unit], timing: Timing, budget: int, block_size: int
 ) -> Plan | None:
     """The plan with the shortest simulated forward within ``budget`` bytes for resident units and slots: over the
-    unit size (``block_size``, half and a quarter of it) and the number of slots. None when nothing fits."""
-    best: tuple[float, int, Plan] | None = None
-    for size in (block_size, block_size // 2, block_size // 4):
+    unit size (``block_size``, and half and a quarter of it down to 64 MiB) and the number of slots. Among plans within 1% of the shortest,
+    the one that streams least: it depends least on the link. None when nothing fits."""
+    candidates: list[tuple[float, Plan]] = []
+    for size in [
+        size for size in (block_size, block_size // 2, block_size // 4) if size >= min(block_size, SMALL_UNIT)
+    ]:
         units = cut(layers, size)
         scaled = rescale(timing, measured, units, layers)
         for slots in SLOT_CHOICES:
             plan = fit(units, budget, slots)
             if plan is None:
                 break
-            # a microsecond decides nothing: fewer bytes on the device, then larger units
-            candidate = (round(simulate(plan, scaled), 6), plan.device_bytes, plan)
-            if best is None or candidate[:2] < best[:2]:
-                best = candidate
-    return best[2] if best is not None else None
+            candidates.append((simulate(plan, scaled), plan))
+    if not candidates:
+        return None
+    shortest = min(seconds for seconds, _ in candidates)
+    good = [plan for seconds, plan in candidates if seconds <= 1.01 * shortest]
+    return min(good, key=lambda plan: (plan.streamed_bytes, len(plan.units)))
 
 
 @dataclass(frozen=True)

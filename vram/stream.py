@@ -92,7 +92,8 @@ class StreamUnit:
 
 
 class Streamer:
-    """Moves the units of one model. Thread-safe; a unit in use is never overwritten."""
+    """Moves the units of one model. Thread-safe; a unit in use is never overwritten. ``peak_bytes`` is the most device
+    memory that slots, resident units and loads took during a forward."""
 
     def __init__(self, link: Link, telemetry: Telemetry) -> None:
         self.link = link
@@ -103,6 +104,7 @@ class Streamer:
         self.order: Order[StreamUnit] = Order()
         self.floating = False
         self.floating_bytes = 0
+        self.peak_bytes = 0
         self._unit_of: list[StreamUnit] = []
         self._trace: list[int] = []
         self._profile: dict[int, int] | None = None
@@ -174,7 +176,7 @@ class Streamer:
         self.drop_slots()
         self._staging.close()
         self.telemetry.clear()
-        self.units, self._unit_of = [], []
+        self.units, self._unit_of, self.order = [], [], Order()
 
     @property
     def device_bytes(self) -> int:
@@ -202,6 +204,7 @@ class Streamer:
         with self.lock:
             self.order.position = 0
             self._trace = []
+            self.peak_bytes = self.device_bytes
             self.telemetry.begin()
             if self.floating and self._issue_at is None:
                 self._profile = {}
@@ -250,7 +253,6 @@ class Streamer:
                 except BaseException:
                     unit.active -= 1
                     raise
-                self._prefetch()
         self.telemetry.host(time.perf_counter() - started)
 
     def leave(self, layer: int) -> None:
@@ -267,7 +269,8 @@ class Streamer:
         self.telemetry.host(time.perf_counter() - started)
 
     def _bring(self, unit: StreamUnit) -> None:
-        if unit.load is None:
+        missed = unit.load is None
+        if missed:
             self.telemetry.miss()
             self._issue(unit, self._demand_slot(unit))
         stream = self.link.compute_stream()
@@ -276,6 +279,8 @@ class Streamer:
         unit.bind(unit.slot)
         unit.visit = Visit(unit.index, arrive, self.link.mark(stream))
         self.telemetry.visit(unit.visit)
+        if missed or self.floating:
+            self._prefetch()
 
     def _await(self, unit: StreamUnit, stream: object) -> None:
         load = unit.load
@@ -373,6 +378,7 @@ class Streamer:
     def _own_memory(self, unit: StreamUnit) -> Slot:
         slot = Slot(self.link.empty(unit.nbytes), -1)
         self.floating_bytes += unit.nbytes
+        self.peak_bytes = max(self.peak_bytes, self.device_bytes)
         return slot
 
     def _prefetch(self) -> None:

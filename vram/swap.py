@@ -22,7 +22,7 @@ from .layout import CannotPack, flatten
 from .link import open_link
 from .memory import snapshot
 from .packing import NO_PATCHES, PackedModel, Patches, Progress
-from .plan import LimitTooSmall, Plan, Unit, cut, single_layers, stream_all
+from .plan import LimitTooSmall, Plan, Unit, single_layers, stream_all
 from .stream import Streamer, StreamUnit
 from .telemetry import Telemetry
 from .units import MIB, format_bytes
@@ -126,7 +126,7 @@ class Swap:
         self._adapter = Adapter(self)
         first = self._first_plan()
         self._check_limit(first, rest, now)
-        packed.pack(patches, progress)
+        written = packed.pack(patches, progress)
         packed.page_lock()
         self._place_rest(rest, patches)
         self._install()
@@ -136,11 +136,12 @@ class Swap:
             self.apply(first)
         self.setup_seconds = time.perf_counter() - started
         log.info(
-            "block swap (%s) attached to %s in %.1f s: %s of blocks in %s of RAM (%s page-locked), %s beside the blocks on "
-            "%s, limit %s; begins with %s",
+            "block swap (%s) attached to %s in %.1f s: %s packed, %s of streamed weights in %s of RAM (%s page-locked), "
+            "%s beside them on %s, limit %s; begins with %s",
             self.config.mode,
             type(self.root).__name__,
             self.setup_seconds,
+            format_bytes(written),
             format_bytes(packed.packed_bytes),
             format_bytes(packed.host_bytes),
             format_bytes(packed.arena.page_locked_bytes),
@@ -177,7 +178,7 @@ class Swap:
     def _first_plan(self) -> Plan:
         if self.config.mode == "layerwise":
             return stream_all(single_layers(self._sizes), 0)
-        return self._adapter.first(cut(self._sizes, self.config.block_size))
+        return self._adapter.first()
 
     def _check_limit(self, plan: Plan, rest: list[Slotted], now: Any) -> None:
         """Refuse before anything is moved when the weights alone do not fit."""

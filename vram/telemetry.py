@@ -45,7 +45,7 @@ class ForwardRecord:
     ``units`` are the spans in which units computed, ``copies`` those in which units were copied, ``arrivals`` the
     moments at which compute reached each of ``units`` and, if it was not there yet, began to wait. ``streamed_bytes``
     counts the copies that were begun during the forward. ``peak_bytes`` is the highest memory in use during the
-    forward as torch's allocator counts it (0 on a CPU). ``host_seconds`` is time spent in the engine's own code.
+    forward as torch's allocator counts it; on a CPU that of the engine's copies of weights. ``host_seconds`` is time spent in the engine's own code.
     """
 
     index: int

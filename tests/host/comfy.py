@@ -275,11 +275,17 @@ class ComfyServer:
 
         A prompt that is queued after this returns starts after the memory was freed.
         """
-        self.post("/free", {"unload_models": unload_models, "free_memory": free_memory})
+        body = {"unload_models": unload_models, "free_memory": free_memory}
         deadline = time.monotonic() + timeout
-        while self.get("/helper_nodes/pending_flags"):
-            if time.monotonic() > deadline:
+        asked = 0.0
+        while not asked or self.get("/helper_nodes/pending_flags"):
+            now = time.monotonic()
+            if now > deadline:
                 raise TimeoutError(f"ComfyUI did not free memory in {timeout:g} s\n{self._log_tail()}")
+            if now - asked > 2:
+                # asked while it was between two prompts, ComfyUI's worker sleeps on: ask again, which wakes it
+                self.post("/free", body)
+                asked = now
             time.sleep(POLL_SECONDS)
 
 

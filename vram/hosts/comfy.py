@@ -27,6 +27,7 @@ import torch
 
 from ..config import SwapConfig
 from ..discover import find_blocks
+from ..gates import InstancePatches
 from ..packing import PackedModel, Patches
 from ..swap import Swap, attach
 from ..units import format_bytes
@@ -45,10 +46,40 @@ class _State:
 
     def __init__(self) -> None:
         self.swap: Swap | None = None
-        self.owner: weakref.ref | None = None
+        self.owner: int | None = None
         self.key: Hashable = None
         self.packed: PackedModel | None = None
         self.reported = 0
+        self.backup: dict[str, Any] = {}
+        self._handed_over = InstancePatches()
+
+    def suspend(self) -> None:
+        """Take the swap off, whoever attached it: the module is whole, on the host, unpatched."""
+        self.take_back()
+        swap, self.swap, self.owner, self.key = self.swap, None, None, None
+        if swap is not None:
+            swap.detach()
+            self.backup.clear()
+
+    def hand_over(self, model: torch.nn.Module) -> None:
+        """The host lets go of a patcher because it, or another copy of it, is about to be loaded. The swap stays on for
+        the case that it is the same one; a patcher that loads weights in the host's way first walks over the modules, or
+        moves them, and finds the swap gone."""
+
+        def first(method: str) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self.suspend()
+                return getattr(model, method)(*args, **kwargs)
+
+            return call
+
+        self.take_back()
+        for method in ("named_modules", "_apply"):
+            self._handed_over.set(model, method, first(method))
+
+    def take_back(self) -> None:
+        """Undo ``hand_over``."""
+        self._handed_over.restore()
 
 
 def reason_to_pass(device: torch.device) -> str | None:
@@ -86,9 +117,22 @@ def _static(model: Any) -> Any:
     is_dynamic = getattr(model, "is_dynamic", None)
     if is_dynamic is None or not is_dynamic():
         return model
-    static = model.clone(disable_dynamic=True, model_override=_static_models.get(model.model))
-    _static_models.setdefault(model.model, static.get_clone_model_override())
+    known = _static_models.get(model.model)
+    static = model.clone(disable_dynamic=True, model_override=known)
+    if known is None:
+        _cast_to_model_dtype(static.model)
+        _static_models[model.model] = static.get_clone_model_override()
     return static
+
+
+def _cast_to_model_dtype(model: torch.nn.Module) -> None:
+    """Weights in the dtype that the model computes in. A model that ComfyUI loads for itself is cast while its weights are
+    faulted in; loaded without that, its lazily loaded layers keep the file's dtype (0.33), and would not compute."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            dtype = getattr(module, f"{name}_comfy_model_dtype", None)
+            if dtype is not None and type(parameter) is torch.nn.Parameter and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
 
 
 @lru_cache(maxsize=8)
@@ -126,7 +170,7 @@ class StreamedPatcher:
     def swap(self) -> Swap | None:
         """The swap that this patcher, and not another copy, has attached."""
         state = self._state
-        return state.swap if state.owner is not None and state.owner() is self else None
+        return state.swap if state.owner == id(self) else None
 
     # -- what model management asks --------------------------------------------------------------------------------
 
@@ -146,6 +190,7 @@ class StreamedPatcher:
     def partially_load(self, device_to: torch.device, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
         """Load the model: attach block swap, or go on with what is attached."""
         state = self._state
+        state.take_back()
         key = self._key(device_to)
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             if self.swap is not None and state.key == key:
@@ -182,7 +227,7 @@ class StreamedPatcher:
                 packed=state.packed,
                 progress=_Progress(),
             )
-            state.packed, state.owner = state.swap.packed, weakref.ref(self)
+            state.packed, state.owner = state.swap.packed, id(self)
             state.reported = 0
             self._back_up()
             self.model.to(device_to)
@@ -202,11 +247,20 @@ class StreamedPatcher:
         super().unpatch_model(device_to, unpatch_weights)
 
     def detach(self, unpatch_all: bool = True) -> Any:
-        """Take block swap off if this copy attached it. The packed weights stay in RAM for the next run."""
+        """Take block swap off if this copy attached it; with ``unpatch_all`` False another copy, or the same, is about to
+        be loaded, and may go on with it. The packed weights stay in RAM for the next run."""
         if self.swap is not None:
+            if unpatch_all:
+                self._suspend()
+            else:
+                self._state.hand_over(self.model)
+        return super().detach(unpatch_all)
+
+    def __del__(self) -> None:
+        if "model" in self.__dict__ and self.swap is not None:
             self._suspend()
             super().unpatch_model(self.offload_device, True)
-        return super().detach(unpatch_all)
+        super().__del__()
 
     def cleanup(self) -> None:
         """The host calls this when sampling is over: say what happened."""
@@ -217,14 +271,10 @@ class StreamedPatcher:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _suspend(self) -> None:
-        """Take the swap off, whoever attached it: the module is whole, on the host, unpatched."""
         state = self._state
-        if state.swap is None:
-            return
-        swap, state.swap, state.owner, state.key = state.swap, None, None, None
-        swap.detach()
-        self.backup.clear()
-        log.debug("block swap taken off %s; its packed weights stay in RAM", type(self.model).__name__)
+        if state.swap is not None:
+            state.suspend()
+            log.debug("block swap taken off %s; its packed weights stay in RAM", type(self.model).__name__)
 
     def _key(self, device: torch.device) -> Hashable:
         """What must be the same for an attached swap to go on."""
@@ -299,6 +349,7 @@ class StreamedPatcher:
 
     def _back_up(self) -> None:
         """Originals of patched weights, where the host looks for them when it merges or saves models."""
+        self._state.backup = self.backup
         originals = {f"{ROOT}.{slotted.path}": slotted.tensor for slotted in self._state.swap.tensors()}
         for key in self.patches:
             if key in originals:
