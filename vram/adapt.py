@@ -9,7 +9,7 @@ import torch
 
 from .config import SwapConfig
 from .memory import snapshot
-from .plan import Plan, Timing, Unit, choose, cut, fit, stream_all, stream_blocks
+from .plan import Plan, Timing, Unit, by_block, choose, cut, fit, single_layers, stream_all, stream_blocks
 from .telemetry import ForwardRecord
 from .units import MIB, format_bytes
 
@@ -60,11 +60,15 @@ class Adapter:
 
     def first(self) -> Plan:
         """The plan before anything was measured. Adaptive mode begins small, and smaller after it ran out of memory."""
-        config = self._config
-        units = cut(self.swap._sizes, max(1, config.block_size >> self._starved))
-        slots = config.slots or (FIRST_SLOTS if config.mode == "chunkwise" else 2)
+        config, sizes = self._config, self.swap._sizes
+        if config.mode == "layerwise":
+            units, slots = single_layers(sizes), 0
+        else:
+            size = max(1, config.block_size >> self._starved)
+            units = cut(sizes if config.streamed_blocks is None else by_block(sizes), size)
+            slots = config.slots or (2 if config.mode == "adaptive" and config.streamed_blocks is None else FIRST_SLOTS)
         if config.streamed_blocks is not None:
-            return stream_blocks(units, config.streamed_blocks, config.slots or FIRST_SLOTS)
+            return stream_blocks(units, config.streamed_blocks, slots)
         return stream_all(units, slots)
 
     def before(self, elements: int, budget: int) -> None:
@@ -85,11 +89,14 @@ class Adapter:
         swap = self.swap
         self._measuring = True
         if self._config.mode == "layerwise":
-            swap.streamer.limit_floating(budget)
+            on_cpu = swap.device.type != "cuda"  # where activations are not counted, and the rest neither
+            swap.streamer.limit_floating(budget - (swap.rest_bytes if on_cpu else 0))
             swap.streamer.relearn()
         elif not self._fixed:
             plan = self.first()
-            room = budget - (snapshot(swap.device).allocated or 0) + swap.streamer.device_bytes
+            now = snapshot(swap.device).allocated
+            beside = swap.rest_bytes if now is None else now - swap.streamer.device_bytes
+            room = budget - beside
             if plan.device_bytes > room * FIRST_SHARE:
                 plan = stream_all(plan.units, 2)
             if plan != swap.plan:

@@ -42,9 +42,15 @@ class HostSegment:
     def __init__(self, nbytes: int) -> None:
         mapping = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
         with torch.inference_mode(False):
-            self.buffer = torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes)
+            self.buffer = torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
+        with torch.inference_mode():
+            self._inference_buffer = torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
         self.nbytes = nbytes
         self._finalizer: weakref.finalize | None = None
+
+    def buffer_for(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The memory as a tensor that ``tensor.data`` can become a view of: an inference tensor for an inference tensor."""
+        return self._inference_buffer if tensor.is_inference() else self.buffer
 
     @property
     def page_locked(self) -> bool:
@@ -53,7 +59,7 @@ class HostSegment:
 
     def page_lock(self, device: torch.device) -> bool:
         """Register the memory with the CUDA runtime. False where the driver refuses; on a CPU nothing is needed."""
-        if device.type != "cuda" or self.page_locked:
+        if device.type != "cuda" or self.page_locked or not self.nbytes:
             return self.page_locked
         with torch.cuda.device(device):
             status = int(torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), self.nbytes, 0))
@@ -80,10 +86,16 @@ def default_budget() -> int:
     return max(0, host.available - max(4 * GIB, host.total // 10))
 
 
+def lies_as(spec: TensorSpec, source: torch.Tensor) -> bool:
+    """Whether the bytes of ``source``, in host memory, are those that ``spec`` describes."""
+    lazy = source.is_conj() or source.is_neg()
+    return source.device.type == "cpu" and tuple(source.stride()) == spec.stride and not lazy
+
+
 def copy_host(spec: TensorSpec, source: torch.Tensor, buffer: torch.Tensor) -> None:
     """Copy a plain tensor into its place in ``buffer`` without holding the GIL: by ``memmove`` where it lies in host
     memory as ``spec`` says, else by ``Tensor.copy_``."""
-    if source.device.type == "cpu" and tuple(source.stride()) == spec.stride:
+    if lies_as(spec, source):
         ctypes.memmove(buffer.data_ptr() + spec.offset, source.data_ptr(), spec.nbytes)
     else:
         spec.view(buffer).copy_(source)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from .plan import MODES
 from .units import GIB, MIB
 
+LARGEST = 1 << 20  # GiB or MiB that a user may ask for
 DEFAULT_BLOCK_SIZE = 300 * MIB
 
 
@@ -38,11 +38,18 @@ class SwapConfig:
         if self.mode not in MODES:
             raise ValueError(f"swap_mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
         _check("max_vram", self.max_vram, 1, 1 << 50)
+        if self.block_size is None:
+            raise ValueError("block_size is None; it must be a whole number")
         _check("block_size", self.block_size, 1, 1 << 50)
+        if self.empty_cache_every is None:
+            raise ValueError("empty_cache_freq is None; it must be a whole number")
         _check("empty_cache_freq", self.empty_cache_every, 0, 1 << 31)
         _check("streamed_blocks", self.streamed_blocks, 0, 1 << 20)
         _check("slots", self.slots, 2, 64)
         _check("host_budget", self.host_budget, 0, 1 << 50)
+        names = self.block_names
+        if names is not None and not (isinstance(names, tuple) and names and all(isinstance(n, str) for n in names)):
+            raise ValueError(f"block_names is {names!r}; it must be a tuple of names or None")
 
     @classmethod
     def from_user(
@@ -53,8 +60,10 @@ class SwapConfig:
         Raises ValueError that names the parameter and what is wrong with it.
         """
         for name, value in (("max_vram_gb", max_vram_gb), ("block_size_mb", block_size_mb)):
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name} is {value!r}; it must be a finite number")
+            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+                raise ValueError(f"{name} is {value!r}; it must be a number")
+            if abs(value) > LARGEST:
+                raise ValueError(f"{name} is far too large; the largest is {LARGEST}")
             if value < 0:
                 raise ValueError(f"{name} is {value}; it cannot be negative")
         if block_size_mb == 0:

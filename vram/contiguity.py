@@ -8,14 +8,14 @@ those, that such kernels cannot take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .gates import InstancePatches
-from .layout import is_dense
+from .layout import is_dense, plain_tensors
 
 ALIGNMENT = 16
 ONE_BYTE = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -49,15 +49,6 @@ def mended(tensor: torch.Tensor) -> torch.Tensor:
     if strides_are_deliberate(tensor):
         return tensor.t().clone(memory_format=torch.contiguous_format).t()
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """``tensor``, or the tensors inside a flattenable subclass."""
-    if type(tensor) not in (torch.Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from plain_tensors(getattr(tensor, name))
-    else:
-        yield tensor
 
 
 def find(module: nn.Module) -> list[Finding]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+from .layout import plain_tensors
 
 BLOCK_LISTS = (
     "blocks",
@@ -18,7 +21,8 @@ BLOCK_LISTS = (
     "single_transformer_blocks",
     "layers",
 )
-ATOMIC_TYPES = (nn.MultiheadAttention, nn.RNNBase)
+# modules that compute with the weights of their children without calling them
+ATOMIC_TYPES = (nn.MultiheadAttention, nn.RNNBase, nn.TransformerEncoderLayer)
 
 
 class NoBlocks(ValueError):
@@ -38,12 +42,14 @@ class Slotted:
 @dataclass
 class Layer:
     """What is loaded when ``module`` is called: the tensors of ``module`` and, for an atomic one, of all below it.
-    ``block`` is the index of its block, None outside the block lists."""
+    ``block`` is the index of its block, None outside the block lists. ``around``: its tensors, tables and scales mostly,
+    are needed at other times too: while layers below it compute, or before it is called."""
 
     path: str
     module: nn.Module
     block: int | None
     tensors: list[Slotted] = field(default_factory=list)
+    around: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -51,8 +57,12 @@ class Layer:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of memory behind a tensor; a quantized subclass tells its own."""
-    return int(tensor.nbytes)
+    """Bytes of memory behind a tensor; a quantized subclass tells its own, a sparse tensor that of its parts."""
+    if tensor.layout is torch.strided:
+        return int(tensor.nbytes)
+    if tensor.layout is torch.sparse_coo:
+        return int(tensor._indices().nbytes + tensor._values().nbytes)
+    return int(tensor.numel() * tensor.element_size())
 
 
 def own_tensors(module: nn.Module, path: str) -> Iterator[Slotted]:
@@ -93,6 +103,14 @@ def _is_atomic(module: nn.Module) -> bool:
     return isinstance(module, ATOMIC_TYPES) or parametrize.is_parametrized(module) or not any(module.children())
 
 
+def _computes_elsewhere(module: nn.Module) -> bool:
+    """Whether the tensors of ``module`` are used outside its ``forward``: it has none (a ParameterList), or a hook of
+    torch's computes the weight before (weight_norm, spectral_norm)."""
+    return type(module).forward is nn.Module.forward or any(
+        type(hook).__module__.startswith("torch.nn.utils") for hook in module._forward_pre_hooks.values()
+    )
+
+
 def layers_of(module: nn.Module, path: str, block: int | None, skip: Sequence[str] = ()) -> Iterator[Layer]:
     """The layers of ``module`` in order of definition: its leaves and atomic modules that hold tensors, and each other
     module that holds tensors itself (with those only). Subtrees whose path is in ``skip`` are left out."""
@@ -105,13 +123,33 @@ def layers_of(module: nn.Module, path: str, block: int | None, skip: Sequence[st
             for slotted in own_tensors(child, f"{path}.{name}" if name else path)
         ]
         if tensors:
-            yield Layer(path, module, block, tensors)
+            yield Layer(path, module, block, tensors, around=_computes_elsewhere(module))
         return
     own = list(own_tensors(module, path))
     if own:
-        yield Layer(path, module, block, own)
+        yield Layer(path, module, block, own, around=True)
     for name, child in module.named_children():
         yield from layers_of(child, f"{path}.{name}" if path else name, block, skip)
+
+
+def shared_tensors(layers: Sequence[Layer]) -> set[int]:
+    """``id`` of each tensor that lies in the memory of another one, or occurs more than once: tied weights."""
+    counts = Counter(id(slotted.tensor) for layer in layers for slotted in layer.tensors)
+    shared = {tensor for tensor, count in counts.items() if count > 1}
+    spans = sorted(
+        (part.data_ptr(), part.data_ptr() + tensor_bytes(part), id(slotted.tensor))
+        for layer in layers
+        for slotted in layer.tensors
+        for part in plain_tensors(slotted.tensor)
+        if part.layout is torch.strided and tensor_bytes(part)
+    )
+    end, owner = 0, 0
+    for first, last, tensor in spans:
+        if first < end and tensor != owner:
+            shared |= {tensor, owner}
+        if last > end:
+            end, owner = last, tensor
+    return shared
 
 
 @dataclass(frozen=True)

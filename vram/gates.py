@@ -11,6 +11,8 @@ from torch import nn
 
 _MISSING = object()
 
+MARK = "_intelligent_vram"
+
 
 class InstancePatches:
     """Instance attributes of modules replaced reversibly: ``restore`` puts back exactly what was there."""
@@ -45,7 +47,13 @@ def gate(original: Callable, enter: Callable[[], None], leave: Callable[[], None
         finally:
             leave()
 
-    return hide_from_compile(forward, recursive=False)
+    return marked(hide_from_compile(forward, recursive=False))
+
+
+def marked(function: Callable) -> Callable:
+    """``function`` recognisable as one of the engine's gates."""
+    setattr(function, MARK, True)
+    return function
 
 
 def hide_from_compile(function: Callable, recursive: bool = True) -> Callable:

@@ -8,7 +8,7 @@ Tensor subclasses are packed by their inner tensors through ``__tensor_flatten__
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +138,15 @@ def flatten(tensor: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[Sequenc
         return [tensor.as_subclass(torch.Tensor)], rebuild_thin
 
     raise CannotPack(f"{type(tensor).__name__} has no __tensor_flatten__")
+
+
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor objects that hold the memory of ``tensor``: itself, or those inside a flattenable subclass."""
+    if not _is_plain(tensor) and _has_flatten(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def _is_thin_subclass(tensor: torch.Tensor) -> bool:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .arena import Arena, FillJob, HostSegment, copy_host
+from .arena import Arena, FillJob, HostSegment, copy_host, lies_as
 from .discover import Layer, Slotted
-from .layout import CannotPack, Entry, align, flatten, plan_tensor
+from .layout import CannotPack, Entry, align, flatten, plain_tensors, plan_tensor
 from .plan import LayerSize, cut
 from .staging import Piece
 from .units import format_bytes
@@ -63,18 +63,20 @@ class _Segment:
     host: HostSegment | None = None
 
 
-def _inner_objects(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensor objects that hold the memory of ``tensor``: itself, or those inside a flattenable subclass."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return [inner for name in names for inner in _inner_objects(getattr(tensor, name))]
-    return [tensor]
+def patched(path: str, tensor: torch.Tensor, patches: Patches) -> torch.Tensor:
+    """The patched weight. Raises ValueError when its shape or dtype, or that of a part, is not the original's."""
+    result = patches.apply(path, tensor)
+    for part, like in zip(plain_tensors(result), plain_tensors(tensor), strict=True):
+        if part.shape != like.shape or part.dtype != like.dtype:
+            raise ValueError(
+                f"the patched weight {path} is {tuple(part.shape)} {part.dtype}, not {tuple(like.shape)} {like.dtype}"
+            )
+    return result
 
 
 class PackedModel:
     """Packs layers into segments of an arena. The packed copy replaces the memory of each weight that is not patched,
-    so that weights are in RAM once; the module's tensor objects stay the same ones. ``whole``: the layers are those of
-    the whole model, not only of its blocks."""
+    so that weights are in RAM once; the module's tensor objects stay the same ones."""
 
     def __init__(
         self,
@@ -82,9 +84,7 @@ class PackedModel:
         layers: Sequence[Layer],
         segment_bytes: int,
         budget: int | None = None,
-        whole: bool = False,
     ) -> None:
-        self.whole = whole
         self.arena = Arena(device, budget)
         self.layers: list[PackedLayer] = []
         self.left_out: list[tuple[Slotted, str]] = []
@@ -188,7 +188,7 @@ class PackedModel:
             for layer in segment.layers:
                 for packed in layer.entries:
                     if packed.signature is None:
-                        self._adopt(packed, host.buffer, layer.start)
+                        self._adopt(packed, host, layer.start)
             done += segment.nbytes
             if progress is not None:
                 progress(done, total)
@@ -208,7 +208,7 @@ class PackedModel:
     def _must_pack(self, segment: _Segment, patches: Patches) -> bool:
         """Whether a segment cannot be streamed from where its weights are: patched, strided or on a device."""
         return self._here(segment, patches) or any(
-            tuple(part.stride()) != spec.stride
+            not lies_as(spec, part)
             for layer in segment.layers
             for packed in layer.entries
             for part, spec in zip(packed.inner, packed.entry.specs, strict=True)
@@ -227,20 +227,14 @@ class PackedModel:
 
     @staticmethod
     def _patched(packed: PackedEntry, patches: Patches) -> list[torch.Tensor]:
-        path = packed.entry.path
-        parts, _ = flatten(patches.apply(path, packed.entry.host))
-        for spec, part in zip(packed.entry.specs, parts, strict=True):
-            if tuple(part.shape) != spec.shape or part.dtype != spec.dtype:
-                raise ValueError(
-                    f"the patched weight {path} is {tuple(part.shape)} {part.dtype}, not {spec.shape} {spec.dtype}"
-                )
-        return parts
+        return flatten(patched(packed.entry.path, packed.entry.host, patches))[0]
 
     @staticmethod
-    def _adopt(packed: PackedEntry, buffer: torch.Tensor, start: int) -> None:
+    def _adopt(packed: PackedEntry, host: HostSegment, start: int) -> None:
         """Let the module's own tensor live in the packed copy, and so release the memory it had."""
-        for spec, inner in zip(packed.entry.specs, _inner_objects(packed.entry.host), strict=True):
-            inner.data = spec.shifted(-start).view(buffer)
+        for spec, inner in zip(packed.entry.specs, plain_tensors(packed.entry.host), strict=True):
+            with torch.inference_mode(inner.is_inference()):
+                inner.data = spec.shifted(-start).view(host.buffer_for(inner))
         packed.inner = flatten(packed.entry.host)[0]
 
     def _repack(self, patches: Patches) -> int:
@@ -255,7 +249,7 @@ class PackedModel:
                     signature = patches.signature(packed.entry.path)
                     if signature == packed.signature:
                         continue
-                    written += self._rewrite(packed, buffer, layer.start, signature, patches, segment.host.buffer)
+                    written += self._rewrite(packed, buffer, layer.start, signature, patches, segment.host)
         return written
 
     def _rewrite(
@@ -265,39 +259,49 @@ class PackedModel:
         start: int,
         signature: Hashable | None,
         patches: Patches,
-        whole: torch.Tensor,
+        host: HostSegment,
     ) -> int:
         specs = packed.entry.specs
         parts = packed.inner if signature is None else self._patched(packed, patches)
         if packed.signature is None:
             # the original lives in the packed copy, which is about to be overwritten
-            for inner in _inner_objects(packed.entry.host):
-                inner.data = inner.data.clone(memory_format=torch.preserve_format)
+            for inner in plain_tensors(packed.entry.host):
+                with torch.inference_mode(inner.is_inference()):
+                    inner.data = inner.data.clone(memory_format=torch.preserve_format)
             packed.inner = flatten(packed.entry.host)[0]
         for spec, part in zip(specs, parts, strict=True):
             spec.view(buffer).copy_(part)
         packed.signature = signature
         if signature is None:
-            self._adopt(packed, whole, start)
+            self._adopt(packed, host, start)
         return sum(spec.nbytes for spec in specs)
 
-    def is_whole(self) -> bool:
-        """Whether the module still holds the tensors that were packed, where packing put them: nobody moved, replaced or
-        patched them since."""
-        return all(
-            packed.entry.owner.get(packed.entry.name) is packed.entry.host
-            and (packed.signature is not None or segment.host is None or self._lives_in(packed, segment.host.buffer))
+    def is_whole(self, layers: Sequence[Layer]) -> bool:
+        """Whether this is still a packing of ``layers``: the same tensors in the same modules, where packing put them;
+        nobody moved, replaced or changed them since."""
+        here = {
+            (id(packed.entry.owner), packed.entry.name, id(packed.entry.host))
+            for layer in self.layers
+            for packed in layer.entries
+        } | {(id(slotted.owner), slotted.name, id(slotted.tensor)) for slotted, _ in self.left_out}
+        there = {(id(s.owner), s.name, id(s.tensor)) for layer in layers for s in layer.tensors}
+        return here == there and all(
+            packed.signature is not None
+            or segment.host is None
+            or self._lives_in(packed, segment.host.buffer, layer.start)
             for segment in self._segments
             for layer in segment.layers
             for packed in layer.entries
         )
 
     @staticmethod
-    def _lives_in(packed: PackedEntry, buffer: torch.Tensor) -> bool:
-        start = buffer.data_ptr()
+    def _lives_in(packed: PackedEntry, buffer: torch.Tensor, start: int) -> bool:
         return all(
-            inner.device.type == "cpu" and start <= inner.data_ptr() <= start + buffer.numel()
-            for inner in _inner_objects(packed.entry.host)
+            inner.device.type == "cpu"
+            and inner.dtype == spec.dtype
+            and tuple(inner.shape) == spec.shape
+            and (not spec.nbytes or inner.data_ptr() == buffer.data_ptr() + start + spec.offset)
+            for spec, inner in zip(packed.entry.specs, plain_tensors(packed.entry.host), strict=True)
         )
 
     def page_lock(self) -> None:

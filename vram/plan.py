@@ -119,9 +119,14 @@ def cut(layers: Sequence[LayerSize], limit: int) -> tuple[Unit, ...]:
 def _cut_segment(layers: Sequence[LayerSize], first: int, last: int, limit: int) -> list[Unit]:
     sizes = [layer.nbytes for layer in layers[first:last]]
     count = len(_groups(sizes, limit))
-    sums = sorted({sum(sizes[i:j]) for i in range(len(sizes)) for j in range(i + 1, len(sizes) + 1)})
-    best = next(cap for cap in sums if cap >= max(sizes) and len(_groups(sizes, cap)) <= count)
-    bounds = [0, *_groups(sizes, min(best, max(limit, max(sizes))))]
+    low, high = 0, limit  # the smallest cap that needs no more groups; fewer bytes a group never need fewer groups
+    while low < high:
+        middle = (low + high) // 2
+        if len(_groups(sizes, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    bounds = [0, *_groups(sizes, low)]
     return [Unit(first + a, first + b, sum(sizes[a:b]), layers[first + a].block) for a, b in pairwise(bounds)]
 
 
@@ -134,6 +139,12 @@ def _groups(sizes: Sequence[int], cap: int) -> list[int]:
             total = 0
         total += size
     return [*ends, len(sizes)]
+
+
+def by_block(layers: Sequence[LayerSize]) -> list[LayerSize]:
+    """``layers`` with segments that end where blocks do, so that no unit spans two blocks."""
+    numbers: dict[tuple[int, int | None], int] = {}
+    return [replace(layer, segment=numbers.setdefault((layer.segment, layer.block), len(numbers))) for layer in layers]
 
 
 def single_layers(layers: Sequence[LayerSize]) -> tuple[Unit, ...]:
@@ -179,10 +190,11 @@ def fit(units: Sequence[Unit], budget: int, slots: int) -> Plan | None:
 
 def simulate(plan: Plan, timing: Timing, forwards: int = 4) -> float:
     """Seconds of one forward in the long run under ``plan``: one copy engine, one compute stream, copies in the order
-    of use, a slot free again when its unit was computed. ``timing.compute`` is per unit of ``plan``."""
+    of use, a slot free again when its unit was computed; memory on demand counts as two slots. ``timing.compute`` is per unit of ``plan``."""
     link = clock = 0.0
     released: list[float] = []
     begin = 0.0
+    slots = plan.slots or 2
     for _ in range(forwards):
         begin = clock
         clock += timing.outside
@@ -190,7 +202,7 @@ def simulate(plan: Plan, timing: Timing, forwards: int = 4) -> float:
             if index in plan.resident:
                 clock += timing.compute[index]
                 continue
-            slot_free = released[-plan.slots] if len(released) >= plan.slots else 0.0
+            slot_free = released[-slots] if len(released) >= slots else 0.0
             link = max(link, slot_free) + unit.nbytes / timing.bandwidth
             clock = max(clock, link) + timing.compute[index]
             released.append(clock)

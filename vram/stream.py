@@ -148,6 +148,18 @@ class Streamer:
             unit.resident = None
             return unit.nbytes
 
+    def stream_evicted(self, slots: int, slot_bytes: int) -> None:
+        """Units were evicted: add ``slots`` slots of ``slot_bytes`` for them and expect them in the order of use, also in
+        the middle of a forward."""
+        with self.lock:
+            for _ in range(slots):
+                self.slots.append(Slot(self.link.empty(slot_bytes), len(self.slots)))
+            if self.slots:
+                self.floating = False
+            position = self.order.position
+            self._learn(self.order.sequence)
+            self.order.position = position
+
     def release_all(self) -> None:
         """Unbind all units and forget what the slots hold. Copies under way are waited for."""
         with self.lock:
@@ -359,14 +371,16 @@ class Streamer:
         """A slot for a unit that is needed now and that nobody fetched."""
         if self.floating:
             return self._own_memory(unit)
-        idle = [slot for slot in self.slots if slot.unit is None or not slot.unit.active]
+        large = [slot for slot in self.slots if slot.buffer.numel() >= unit.nbytes]
+        idle = [slot for slot in large if slot.unit is None or not slot.unit.active]
         if not idle:
             self._spilled += 1
             log.log(
                 logging.WARNING if self._spilled == 1 else logging.DEBUG,
-                "unit %d is needed while all %d slots are in use by units that are computing; %s allocated for it",
+                "unit %d is needed while all %d slots that hold it are in use by units that are computing; %s allocated "
+                "for it",
                 unit.index,
-                len(self.slots),
+                len(large),
                 format_bytes(unit.nbytes),
             )
             return self._own_memory(unit)
@@ -392,15 +406,17 @@ class Streamer:
             unit = runs[(here + ahead) % count].unit
             if unit.load is not None:
                 continue
-            slot = self._slot_for(ahead)
+            slot = self._slot_for(unit, ahead)
             if slot is None:
                 return
             self._issue(unit, slot)
 
-    def _slot_for(self, ahead: int) -> Slot | None:
-        """The slot whose unit is needed last, if that is later than ``ahead`` runs from here."""
+    def _slot_for(self, unit: StreamUnit, ahead: int) -> Slot | None:
+        """The slot for ``unit`` whose present unit is needed last, if that is later than ``ahead`` runs from here."""
         best, best_distance = None, ahead
         for slot in self.slots:
+            if slot.buffer.numel() < unit.nbytes:
+                continue
             if slot.unit is None:
                 return slot
             if slot.unit.active or slot.unit.bound:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +15,12 @@ from torch import nn
 from . import limit
 from .adapt import Adapter
 from .config import SwapConfig
-from .discover import Layer, Slotted, take_apart
-from .gates import InstancePatches, gate, hide_from_compile, stay
+from .discover import Layer, Slotted, shared_tensors, take_apart, tensor_bytes
+from .gates import MARK, InstancePatches, gate, hide_from_compile, marked, stay
 from .layout import CannotPack, flatten
 from .link import open_link
-from .memory import snapshot
-from .packing import NO_PATCHES, PackedModel, Patches, Progress
+from .memory import MemorySnapshot, snapshot
+from .packing import NO_PATCHES, PackedModel, Patches, Progress, patched
 from .plan import LimitTooSmall, Plan, Unit, single_layers, stream_all
 from .stream import Streamer, StreamUnit
 from .telemetry import Telemetry
@@ -109,28 +108,29 @@ class Swap:
 
     def _attach(self, patches: Patches, packed: PackedModel | None, progress: Progress | None) -> None:
         started = time.perf_counter()
+        if any(hasattr(module.__dict__.get("forward"), MARK) for module in self.root.modules()):
+            raise RuntimeError(
+                f"block swap is attached to {type(self.root).__name__}, or to a part of it, already; detach it first"
+            )
         streamed, rest = self._sort_tensors()
         now = limit.now_free(self.device)
         self.limit = self.config.max_vram or limit.automatic_limit(now)
-        whole = self.config.mode == "layerwise"
-        if packed is not None and packed.whole != whole:
+        if packed is not None and not packed.is_whole(streamed):
             packed.close()
             packed = None
         if packed is None:
-            packed = PackedModel(self.device, streamed, self.config.block_size, self.config.host_budget, whole)
+            packed = PackedModel(self.device, streamed, self.config.block_size, self.config.host_budget)
         self.packed = packed
         for slotted, reason in packed.left_out:
             log.warning("%s stays resident, because it cannot be packed: %s", slotted.path, reason)
         rest += [slotted for slotted, _ in packed.left_out]
         self._sizes = packed.sizes
         self._adapter = Adapter(self)
-        first = self._first_plan()
-        self._check_limit(first, rest, now)
+        first = self._checked(self._adapter.first(), rest, now)
         written = packed.pack(patches, progress)
         packed.page_lock()
         self._place_rest(rest, patches)
         self._install()
-        self.plan = first
         self._outside_torch = snapshot(self.device).outside_torch
         with limit.held(self.device, limit.budget_now(self.device, self.limit, self._outside_torch)):
             self.apply(first)
@@ -152,8 +152,8 @@ class Swap:
         )
 
     def _sort_tensors(self) -> tuple[list[Layer], list[Slotted]]:
-        """Layers to pack, and tensors that simply live on the device: small layers, tied weights and, but for layerwise
-        mode, everything outside the blocks."""
+        """Layers to pack, and tensors that simply live on the device: small layers, what lies around other layers, tied
+        weights and, but for layerwise mode, everything outside the blocks."""
         anatomy = take_apart(self.root, self.config.block_names)
         candidates = [*anatomy.inside]
         rest: list[Slotted] = []
@@ -161,34 +161,30 @@ class Swap:
             candidates = _in_order(self.root, [*anatomy.inside, *anatomy.outside])
         else:
             rest += [slotted for layer in anatomy.outside for slotted in layer.tensors]
-        counts = Counter(
-            id(slotted.tensor) for layer in (*anatomy.inside, *anatomy.outside) for slotted in layer.tensors
-        )
+        shared = shared_tensors([*anatomy.inside, *anatomy.outside])
         small = min(SMALL_LAYER, sum(layer.nbytes for layer in candidates) // SMALL_SHARE)
         streamed: list[Layer] = []
         for layer in candidates:
-            single = [slotted for slotted in layer.tensors if counts[id(slotted.tensor)] == 1]
-            rest += [slotted for slotted in layer.tensors if counts[id(slotted.tensor)] > 1]
-            if sum(slotted.tensor.nbytes for slotted in single) < small:
+            single = [slotted for slotted in layer.tensors if id(slotted.tensor) not in shared]
+            rest += [slotted for slotted in layer.tensors if id(slotted.tensor) in shared]
+            if layer.around or sum(tensor_bytes(slotted.tensor) for slotted in single) < small:
                 rest += single
             elif single:
                 streamed.append(Layer(layer.path, layer.module, layer.block, single))
         return streamed, rest
 
-    def _first_plan(self) -> Plan:
-        if self.config.mode == "layerwise":
-            return stream_all(single_layers(self._sizes), 0)
-        return self._adapter.first()
-
-    def _check_limit(self, plan: Plan, rest: list[Slotted], now: Any) -> None:
-        """Refuse before anything is moved when the weights alone do not fit."""
-        distinct = {id(slotted.tensor): slotted.tensor.nbytes for slotted in rest}
+    def _checked(self, plan: Plan, rest: list[Slotted], now: MemorySnapshot) -> Plan:
+        """``plan``, or the smallest one of its kind where that does not fit. Refuses before anything is moved when the
+        weights alone do not fit."""
+        distinct = {id(slotted.tensor): tensor_bytes(slotted.tensor) for slotted in rest}
         beside = sum(distinct.values()) + (now.allocated or 0)
-        smallest = stream_all(plan.units, 2 if plan.slots else 0)
-        needed = beside + (plan if self.config.streamed_blocks is not None else smallest).device_bytes
         budget = limit.torch_budget(self.limit, now)
+        if beside + plan.device_bytes <= budget:
+            return plan
+        smallest = plan if self.config.streamed_blocks is not None else stream_all(plan.units, 2 if plan.slots else 0)
+        needed = beside + smallest.device_bytes
         if needed <= budget:
-            return
+            return smallest
         least = needed + max(0, self.limit - budget)
         layers = stream_all(single_layers(self._sizes), 0).device_bytes + beside
         advice = (
@@ -211,15 +207,15 @@ class Swap:
             tensor = slotted.tensor
             if id(tensor) not in placed:
                 placed[id(tensor)] = _Placed(patches.signature(slotted.path), self._on_device(slotted, patches))
-                self.rest_bytes += tensor.nbytes
+                self.rest_bytes += tensor_bytes(tensor)
             self._rest.append((slotted, placed[id(tensor)]))
         self._bind_rest()
 
     def _on_device(self, slotted: Slotted, patches: Patches) -> torch.Tensor:
-        patched = slotted.tensor
+        value = slotted.tensor
         if patches.signature(slotted.path) is not None:
-            patched = patches.apply(slotted.path, slotted.tensor)
-        return _on_device(patched, slotted.tensor, self.device)
+            value = patched(slotted.path, slotted.tensor, patches)
+        return _on_device(value, slotted.tensor, self.device)
 
     def _bind_rest(self) -> None:
         for slotted, placed in self._rest:
@@ -271,6 +267,8 @@ class Swap:
         """Take everything off the model: its own parameters, ``forward`` and ``to`` are back, its weights are in host
         memory, all device memory is given back. Returns the packed weights, which ``attach`` takes again."""
         with self._forward_lock:
+            if self._depth:
+                raise RuntimeError("block swap cannot be taken off a model while it computes")
             self.streamer.close()
             self._instance.restore()
             self._unbind_rest()
@@ -296,42 +294,40 @@ class Swap:
             for index, unit in enumerate(plan.units)
         ]
         unit_of = [unit for unit, planned in zip(units, plan.units, strict=True) for _ in _layers(planned)]
+        self.plan = Plan(plan.units, frozenset(), 0, 0)  # what is really there, should memory run out on the way
         self.streamer.configure(units, unit_of, plan.slots, plan.slot_bytes)
-        self.plan = plan
         for index in sorted(plan.resident):
             self.streamer.make_resident(units[index])
         self.streamer.relearn()
+        self.plan = plan
 
     def evict(self, nbytes: int) -> int:
-        """Give back at least ``nbytes`` of device memory at once, as far as resident units go. Returns what it was.
-        They stream from now on, through at least two slots."""
+        """Give back at least ``nbytes`` of device memory at once, as far as resident units go; they stream from now on,
+        also when the model is computing. Returns the bytes given back, less what slots for them took."""
         with self._forward_lock, self.streamer.lock:
-            freed = 0
-            resident = [unit for unit in self.streamer.units if unit.resident is not None]
-            if not self.streamer.slots and not self.streamer.floating:
-                nbytes += 2 * max((unit.nbytes for unit in resident), default=0)
-            evicted = set()
+            before = self.streamer.device_bytes
+            resident = [unit for unit in self.streamer.units if unit.resident is not None and not unit.active]
+            slot_bytes = max((unit.nbytes for unit in resident), default=0)
+            slots = 0 if self.streamer.floating and self.plan.streamed else max(0, 2 - len(self.streamer.slots))
+            left, evicted = nbytes + slots * slot_bytes, set()
             for unit in resident[1::2] + resident[0::2]:
-                if freed >= nbytes:
+                if left <= 0:
                     break
-                freed += self.streamer.evict(unit)
+                left -= self.streamer.evict(unit)
                 evicted.add(unit.index)
             if evicted:
                 self._adapter.evicted()
-                self._after_eviction(evicted)
+                self.streamer.stream_evicted(slots, slot_bytes)
+                plan = self.plan
+                self.plan = Plan(
+                    plan.units,
+                    plan.resident - evicted,
+                    len(self.streamer.slots),
+                    max((slot.buffer.numel() for slot in self.streamer.slots), default=0),
+                )
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            return freed
-
-    def _after_eviction(self, evicted: set[int]) -> None:
-        left = self.plan.resident - evicted
-        streamed = [unit.nbytes for index, unit in enumerate(self.plan.units) if index not in left]
-        slots = self.plan.slots or min(2, len(streamed))
-        self.plan = Plan(self.plan.units, left, slots, max(self.plan.slot_bytes, *streamed))
-        if len(self.streamer.slots) < slots or self.streamer.slots[0].buffer.numel() < self.plan.slot_bytes:
-            self.apply(self.plan)
-        else:
-            self.streamer.relearn()
+            return max(0, before - self.streamer.device_bytes)
 
     @property
     def device_bytes(self) -> int:
@@ -353,7 +349,7 @@ class Swap:
             end(None)
             return result
 
-        return hide_from_compile(forward, recursive=False)
+        return marked(hide_from_compile(forward, recursive=False))
 
     def _begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
         self._forward_lock.acquire()

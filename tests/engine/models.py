@@ -1,5 +1,6 @@
 """Small models of every shape that the engine has to take apart, and the calls that tests make of them."""
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -243,6 +244,43 @@ class Dictionaries(Transformer):
         return self.head(state["x"]) + torch.stack(state["history"]).sum() + (0 if context is None else context["add"])
 
 
+class ListBlock(nn.Module):
+    """Weights in containers that nobody calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ParameterList(nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.1) for _ in range(2))
+        self.named = nn.ParameterDict({"shift": nn.Parameter(torch.randn(WIDTH, WIDTH) * 0.1)})
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.linear(x @ self.tables[0] @ self.tables[1]) + x @ self.named["shift"]
+
+
+class HookedBlock(nn.Module):
+    """A weight that a hook computes before the layer's forward, as torch's first weight norm does."""
+
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.normed = nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.linear(self.normed(x))
+
+
+class RecurrentBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, WIDTH)
+        self.recurrent = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x):
+        return x + self.recurrent(x)[0] + self.embedding(torch.arange(TOKENS))
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and the keyword arguments of the forwards that a test makes of it, one after another."""
@@ -273,11 +311,20 @@ CASES = {
     "nested arguments": Case(Dictionaries, ({}, {"context": {"add": 1.5}}, {}, {})),
 }
 
+STANDARD = {
+    "parameter lists": Case(lambda: Transformer(ListBlock)),
+    "weight norm by a hook": Case(lambda: Transformer(HookedBlock)),
+    "recurrent layers": Case(lambda: Transformer(RecurrentBlock)),
+    "encoder layers of torch": Case(
+        lambda: Transformer(lambda: nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, batch_first=True))
+    ),
+}  # what torch.nn brings along
+
 
 def build(name: str, dtype: torch.dtype | None = None) -> nn.Module:
     """The model of CASES called ``name``, the same numbers every time."""
     torch.manual_seed(zlib.crc32(name.encode()))
-    model = CASES[name].build().eval()
+    model = {**CASES, **STANDARD}[name].build().eval()
     return model if dtype is None else model.to(dtype)
 
 

@@ -14,10 +14,13 @@ from intelligent_vram.vram.link import Link
 from intelligent_vram.vram.plan import MODES
 from intelligent_vram.vram.units import MIB
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .models import (
     CASES,
     LIMITS,
+    STANDARD,
     WIDTH,
     Block,
     Transformer,
@@ -33,7 +36,12 @@ from .models import (
 
 SMALL = 9000  # bytes: units of one to three layers of the test models
 # a unit is a layer, a few layers, many blocks
-SIZES_AND_LIMITS = [(1, "smallest"), *((SMALL, limit) for limit in LIMITS), (1 * MIB, "smallest"), (1 * MIB, "automatic")]
+SIZES_AND_LIMITS = [
+    (1, "smallest"),
+    *((SMALL, limit) for limit in LIMITS),
+    (1 * MIB, "smallest"),
+    (1 * MIB, "automatic"),
+]
 
 
 def equal(one, other):
@@ -86,6 +94,40 @@ def test_every_dtype_streams(name, dtype, mode):
     wanted = outputs(model, [{}] * 3, x)
     attach_small(model, mode, max_vram=limit_called("half of the weights", model, mode=mode, block_size=SMALL))
     assert equal(outputs(model, [{}] * 3, x), wanted)
+
+
+class HostReads(TorchDispatchMode):
+    """Notes every operation, but for copies and views, that takes a tensor of ``storages``."""
+
+    HARMLESS = ("aten.copy_.default", "aten.slice.Tensor", "aten.view.dtype", "aten.as_strided.default", "aten.detach.default")
+
+    def __init__(self, storages):
+        super().__init__()
+        self.storages = storages
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func) not in self.HARMLESS:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() in self.storages:
+                    self.found.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [*CASES, *STANDARD])
+@torch.no_grad()
+def test_nothing_computes_with_a_weight_in_host_memory(name, mode):
+    """On a GPU that would be "Expected all tensors to be on the same device"."""
+    model, x = build(name), inputs()
+    wanted = model(x)
+    limit = limit_called("half of the weights", model, mode=mode, block_size=SMALL)
+    swap = attach_small(model, mode, max_vram=limit)
+    reads = HostReads({slotted.tensor.untyped_storage().data_ptr() for slotted in swap.tensors()})
+    for _ in range(3):
+        with reads:
+            assert torch.equal(model(x), wanted)
+    assert reads.found == set()
 
 
 # -- autograd and inference mode ---------------------------------------------------------------------------------------
@@ -174,7 +216,9 @@ def test_parameters_still_require_grad_after_detaching_and_can_be_trained():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("name", ["blocks in a list", "tied weights", "buffers", "strides on purpose", "several dtypes"])
+@pytest.mark.parametrize(
+    "name", ["blocks in a list", "tied weights", "buffers", "strides on purpose", "several dtypes"]
+)
 @torch.no_grad()
 def test_between_forwards_the_state_dict_is_the_original(name, limit, mode):
     model, x = build(name), inputs()
@@ -207,7 +251,9 @@ def test_a_block_can_be_called_alone_while_attached(mode):
     wanted, whole = [block(x) for block in model.blocks], model(x)
     attach_small(model, mode, max_vram=limit_called("smallest", model, mode=mode, block_size=SMALL))
     for _ in range(3):
-        assert equal([model.blocks[index](x) for index in (3, 0, 4, 1, 2)], [wanted[index] for index in (3, 0, 4, 1, 2)])
+        assert equal(
+            [model.blocks[index](x) for index in (3, 0, 4, 1, 2)], [wanted[index] for index in (3, 0, 4, 1, 2)]
+        )
         assert torch.equal(model.blocks[2].qkv(x), model.blocks[2].qkv(x))
         assert torch.equal(model(x), whole)
 
@@ -227,7 +273,7 @@ def test_inputs_may_grow_and_shrink_from_forward_to_forward(mode):
 def test_blocks_that_compute_in_several_threads_at_once_do_not_disturb_each_other(mode):
     class Parallel(Transformer):
         def forward(self, x):
-            with ThreadPoolExecutor(4) as pool:
+            with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 return torch.stack(list(pool.map(lambda block: block(x), [*self.blocks] * 3))).sum(0)
 
     torch.manual_seed(3)
@@ -375,7 +421,7 @@ def test_detaching_in_the_middle_of_a_forward_is_refused_or_leaves_the_model_who
     wanted, before = model(x), fingerprint(model)
     swap = attach_small(model, mode)
     if where == "between layers":
-        model.blocks[2].out.register_forward_hook(lambda *_: [swap.detach() for swap in detaching] and None)
+        model.blocks[2].out.register_forward_hook(lambda *_: ([swap.detach() for swap in detaching], None)[1])
     detaching.append(swap)
     try:
         result = model(x)

@@ -20,6 +20,8 @@ from intelligent_vram.vram.layout import (
 )
 from torch import nn
 
+from .subclasses import Opaque, QuantParameter, QuantTensor, Scaled
+
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
     torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64,
@@ -188,36 +190,6 @@ def test_an_entry_binds_to_a_part_of_a_buffer():
     assert entry.bind(buffer[shift:], shift).equal(module.weight)
 
 
-class QuantParameter(nn.Parameter):
-    """As WanVideoWrapper's GGUF parameters: packed bytes and how to read them."""
-
-    def __new__(cls, data, quant_type=None):
-        return torch.Tensor._make_subclass(cls, data, False)
-
-    def __init__(self, data, quant_type=None):
-        self.quant_type = quant_type
-
-
-class QuantTensor(torch.Tensor):
-    """As ComfyUI-GGUF's tensors: `shape` is that of the weight, not of the bytes; copies of it are itself."""
-
-    def __new__(cls, data, tensor_shape):
-        return torch.Tensor._make_subclass(cls, data, False)
-
-    def __init__(self, data, tensor_shape):
-        self.tensor_shape = torch.Size(tensor_shape)
-
-    @property
-    def shape(self):
-        return self.tensor_shape
-
-    def clone(self, *args, **kwargs):
-        return self
-
-    def detach(self, *args, **kwargs):
-        return self
-
-
 def test_a_thin_parameter_subclass_keeps_its_class_and_attributes():
     weight = QuantParameter(random_bits((4, 18), torch.uint8), quant_type="Q4_0")
     rebuilt = through_a_buffer(weight)
@@ -235,46 +207,6 @@ def test_a_thin_tensor_subclass_that_lies_about_its_shape_is_packed_by_its_bytes
     assert isinstance(rebuilt, nn.Parameter) is as_parameter
     assert rebuilt.shape == (4, 32)
     assert same_bits(rebuilt.as_subclass(torch.Tensor), weight.as_subclass(torch.Tensor))
-
-
-class Scaled(torch.Tensor):
-    """A wrapper: int8 data and a scale, an ordinary tensor of `dtype` to everybody else."""
-
-    @staticmethod
-    def __new__(cls, data, scale, dtype):
-        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=dtype, device=data.device)
-
-    def __init__(self, data, scale, dtype):
-        self._data, self._scale = data, scale
-
-    def __tensor_flatten__(self):
-        return ["_data", "_scale"], self.dtype
-
-    @staticmethod
-    def __tensor_unflatten__(inner, dtype, size, stride):
-        return Scaled(inner["_data"], inner["_scale"], dtype)
-
-    def dequantized(self):
-        return self._data.to(self.dtype) * self._scale
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return Scaled(args[0]._data, args[0]._scale, args[0].dtype)
-        plain = [arg.dequantized() if isinstance(arg, Scaled) else arg for arg in args]
-        return func(*plain, **(kwargs or {}))
-
-
-class Opaque(torch.Tensor):
-    """A wrapper that nobody outside can take apart."""
-
-    @staticmethod
-    def __new__(cls, data):
-        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype)
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise NotImplementedError
 
 
 @pytest.mark.parametrize("as_parameter", [False, True])
@@ -310,7 +242,9 @@ def test_a_wrapper_inside_a_wrapper_is_packed_to_the_bottom():
 
 @pytest.mark.parametrize("layout", ["TensorCoreFP8Layout", "TensorWiseINT8Layout"])
 def test_a_quantized_tensor_of_comfy_kitchen_survives(layout):
-    kitchen = pytest.importorskip("comfy_kitchen.tensor", reason="comfy_kitchen, ComfyUI's quantization, is not installed")
+    kitchen = pytest.importorskip(
+        "comfy_kitchen.tensor", reason="comfy_kitchen, ComfyUI's quantization, is not installed"
+    )
     if not hasattr(kitchen, layout):
         pytest.skip(f"this comfy_kitchen has no {layout}")
     quantized = kitchen.QuantizedTensor.from_float(torch.randn(32, 64, dtype=torch.bfloat16), layout)

@@ -104,6 +104,7 @@ def wrap(model: Any, config: SwapConfig) -> Any:
         return model
     find_blocks(getattr(model.model, ROOT), config.block_names)
     static = _static(model)
+    _cast_to_model_dtype(static.model)
     patcher = static.clone()
     patcher.__class__ = _streamed_class(type(static))
     patcher.swap_config = config
@@ -120,14 +121,14 @@ def _static(model: Any) -> Any:
     known = _static_models.get(model.model)
     static = model.clone(disable_dynamic=True, model_override=known)
     if known is None:
-        _cast_to_model_dtype(static.model)
         _static_models[model.model] = static.get_clone_model_override()
     return static
 
 
 def _cast_to_model_dtype(model: torch.nn.Module) -> None:
-    """Weights in the dtype that the model computes in. A model that ComfyUI loads for itself is cast while its weights are
-    faulted in; loaded without that, its lazily loaded layers keep the file's dtype (0.33), and would not compute."""
+    """Weights in the dtype that the model computes in. ComfyUI 0.33 casts a dynamic model while its weights are faulted
+    in; loaded without that, lazily loaded layers keep the file's dtype and would not compute (bf16 files of Wan, which it
+    computes in fp16)."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             dtype = getattr(module, f"{name}_comfy_model_dtype", None)
@@ -216,9 +217,6 @@ class StreamedPatcher:
             self.unpatch_hooks()
             self._set_weight_functions(device_to)
             state = self._state
-            if state.packed is not None and not state.packed.is_whole():
-                state.packed.close()
-                state.packed = None
             state.swap = attach(
                 getattr(self.model, ROOT),
                 self.swap_config,
