@@ -50,6 +50,7 @@ class Bench:
         }
         self.reference: dict[int, torch.Tensor] = {}
         self.compute: dict[int, float] = {}
+        self.resident_seconds: dict[int, list[float]] = {tokens: [] for tokens in args.tokens}
         self.bandwidth = 0.0
 
     def model(self) -> WanModel:
@@ -74,8 +75,9 @@ class Bench:
     def add(self, name: str, setup: float, streamed: int, cells: Iterator, more: Callable[[], dict]) -> None:
         """Measure a row for each token count and print it."""
         for tokens, measured, same in cells:
-            if name == "resident":
-                self.compute[tokens] = measured.seconds
+            if name.startswith("resident"):
+                self.resident_seconds[tokens].append(measured.seconds)
+                self.compute[tokens] = statistics.mean(self.resident_seconds[tokens])
             floor = max(self.compute[tokens], streamed / self.bandwidth)
             row: dict[str, object] = {
                 "name": name,
@@ -100,12 +102,26 @@ class Bench:
                 flush=True,
             )
 
-    def resident(self) -> None:
-        """Compute only; its outputs are what all others are compared with."""
+    def resident(self, name: str) -> None:
+        """Compute only; its outputs are what all others are compared with. Measured first and last, because a card slows
+        down as it gets warm: the floor is the mean."""
         self.bandwidth = copy_bandwidth(self.device, 512 * MIB)
         print(f"page-locked bandwidth {self.bandwidth / 1e9:.1f} GB/s", flush=True)
         model = self.model().to(self.device)
-        self.add("resident", 0.0, 0, self.cells(model), dict)
+        self.add(name, 0.0, 0, self.cells(model), dict)
+
+    def table(self) -> None:
+        """The rows with their final floors."""
+        print(f"\n{'':36s}" + "".join(f"{tokens:>26d}" for tokens in self.inputs))
+        names = dict.fromkeys(str(row["name"]) for row in self.rows)
+        for name in names:
+            cells = []
+            for row in (row for row in self.rows if row["name"] == name):
+                row["floor"] = max(self.compute[row["tokens"]], row["streamed_bytes"] / self.bandwidth)
+                row["over_floor"] = row["seconds"] / row["floor"]
+                peaks = f"{row['peak_allocated'] / GIB:.2f}/{row['peak_reserved'] / GIB:.2f}"
+                cells.append(f"{row['seconds']:.4f} {row['over_floor']:.3f} {peaks}")
+            print(f"{name:36s}" + "".join(f"{cell:>26s}" for cell in cells))
 
     def ours(self, name: str, config: SwapConfig) -> None:
         """One configuration of this pack."""
@@ -200,7 +216,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     with torch.inference_mode():
         bench = Bench(args)
-        bench.resident()
+        bench.resident("resident")
         for name, config in configurations(args.layers, args.block_size * MIB).items():
             if args.only is None or args.only in name:
                 bench.ours(name, config)
@@ -210,6 +226,8 @@ def main() -> int:
         if not args.skip_peers:
             for kind in PEERS:
                 bench.diffusers(kind)
+        bench.resident("resident again")
+    bench.table()
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"device": torch.cuda.get_device_name(args.device), "rows": bench.rows}, file, indent=1)

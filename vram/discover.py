@@ -100,7 +100,9 @@ def find_blocks(root: nn.Module, names: Sequence[str] | None = None) -> list[tup
 
 
 def _is_atomic(module: nn.Module) -> bool:
-    return isinstance(module, ATOMIC_TYPES) or parametrize.is_parametrized(module) or not any(module.children())
+    if isinstance(module, ATOMIC_TYPES) or parametrize.is_parametrized(module):
+        return True
+    return not any(any(own_tensors(child, "")) for child in module.modules() if child is not module)
 
 
 def _computes_elsewhere(module: nn.Module) -> bool:

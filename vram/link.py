@@ -46,6 +46,7 @@ class Link:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._events: list[Event] = []
 
     def compute_stream(self) -> object:
         """The stream that the calling thread computes on."""
@@ -53,13 +54,23 @@ class Link:
 
     def mark(self, stream: object) -> Event:
         """An event with a time, recorded on ``stream`` now."""
-        moment = Moment()
-        moment.record()
-        return moment
+        event = self.event()
+        event.record(stream)
+        return event
 
     def event(self) -> Event:
-        """An event that is yet to be recorded."""
+        """An event that is yet to be recorded: one that was given back, or a new one."""
+        return self._events.pop() if self._events else self._new_event()
+
+    def give_back(self, event: Event) -> None:
+        """An event that nobody reads or waits for any more. Making one costs several microseconds."""
+        self._events.append(event)
+
+    def _new_event(self) -> Event:
         return Moment()
+
+    def trim(self) -> None:
+        """Give memory that the allocator caches back to the driver."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy on the copy stream."""
@@ -98,13 +109,11 @@ class CudaLink(Link):
     def compute_stream(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._index)
 
-    def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(stream)
-        return event
-
-    def event(self) -> torch.cuda.Event:
+    def _new_event(self) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=True)
+
+    def trim(self) -> None:
+        torch.cuda.empty_cache()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         if torch.cuda.current_device() != self._index:

@@ -67,6 +67,7 @@ class StreamUnit:
     bound: bool = False
     visit: Visit | None = None
     _views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    _targets: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def bind(self, slot: Slot) -> None:
         """Let the module see this unit's weights in ``slot``."""
@@ -86,9 +87,19 @@ class StreamUnit:
             entry.owner[entry.name] = entry.host
         self.bound = False
 
+    def target(self, slot: Slot) -> torch.Tensor:
+        """The part of the slot's buffer that this unit takes."""
+        if slot.number < 0:
+            return slot.buffer
+        target = self._targets.get(slot.number)
+        if target is None:
+            target = self._targets[slot.number] = slot.buffer[: self.nbytes]
+        return target
+
     def forget_views(self) -> None:
         """The slots are going."""
         self._views.clear()
+        self._targets.clear()
 
 
 class Streamer:
@@ -126,6 +137,7 @@ class Streamer:
             sequence = self.order.sequence or list(range(len(unit_of)))
             self.order = Order()
             self._learn(sequence)
+            self.link.trim()  # slots and resident units in memory of their own, not in splinters of the last plan's
             self.slots = [Slot(self.link.empty(slot_bytes), number) for number in range(slots)]
 
     def make_resident(self, unit: StreamUnit) -> None:
@@ -336,36 +348,40 @@ class Streamer:
             if slot.unit.load.issued is not None:
                 slot.unit.load.issued.wait()
             slot.unit.slot = slot.unit.load = None
-        copy = Copy(unit.index, unit.nbytes, self.link.event(), self.link.event())
+        link = self.link
+        copy = Copy(unit.index, unit.nbytes, link.event(), link.event())
         load = Load(copy.end)
-        free, target = slot.free, slot.buffer
+        unit.slot, unit.load, slot.unit = slot, load, unit
+        if not isinstance(unit.source, torch.Tensor):
+            self._issue_staged(unit.source, slot, load, copy)
+            return
+        if slot.free is not None:
+            link.copy_waits_for(slot.free)
+        copy.begin.record(link.stream)
+        link.copy(unit.target(slot), unit.source)
+        copy.end.record(link.stream)
+        self.telemetry.copy(copy)
+
+    def _issue_staged(self, pieces: list[Piece], slot: Slot, load: Load, copy: Copy) -> None:
+        """The same through the staging ring, whose thread does it a little later."""
+        load.issued = threading.Event()
+        free, link = slot.free, self.link
 
         def before() -> None:
             if free is not None:
-                self.link.copy_waits_for(free)
-            copy.begin.record(self.link.stream)
+                link.copy_waits_for(free)
+            copy.begin.record(link.stream)
 
         def after(error: Exception | None) -> None:
-            copy.end.record(self.link.stream)
-            load.error = error
-            if error is None:
-                self.telemetry.copy(copy)
-
-        unit.slot, unit.load, slot.unit = slot, load, unit
-        if isinstance(unit.source, torch.Tensor):
-            before()
-            self.link.copy(target[: unit.nbytes], unit.source)
-            after(None)
-            return
-        load.issued = threading.Event()
-
-        def staged(error: Exception | None) -> None:
             try:
-                after(error)
+                copy.end.record(link.stream)
+                load.error = error
+                if error is None:
+                    self.telemetry.copy(copy)
             finally:
                 load.issued.set()
 
-        self._staging.submit(unit.source, target, before, staged)
+        self._staging.submit(pieces, slot.buffer, before, after)
 
     def _demand_slot(self, unit: StreamUnit) -> Slot:
         """A slot for a unit that is needed now and that nobody fetched."""
@@ -400,31 +416,28 @@ class Streamer:
         if self.floating:
             self._prefetch_floating()
             return
+        idle = [
+            (self.order.distance(slot.unit), slot)
+            for slot in self.slots
+            if slot.unit is None or not (slot.unit.bound or slot.unit.active)
+        ]
+        if not idle:
+            return
         runs = self.order.runs
         here, count = self.order.here(), len(runs)
         for ahead in range(min(count, len(self.slots) + 1)):
             unit = runs[(here + ahead) % count].unit
             if unit.load is not None:
                 continue
-            slot = self._slot_for(unit, ahead)
-            if slot is None:
+            # the slot whose present unit is needed last, if that is later than this one
+            fitting = [entry for entry in idle if entry[1].buffer.numel() >= unit.nbytes]
+            best = max(fitting, key=lambda entry: entry[0], default=None)
+            if best is None or best[0] <= ahead:
                 return
-            self._issue(unit, slot)
-
-    def _slot_for(self, unit: StreamUnit, ahead: int) -> Slot | None:
-        """The slot for ``unit`` whose present unit is needed last, if that is later than ``ahead`` runs from here."""
-        best, best_distance = None, ahead
-        for slot in self.slots:
-            if slot.buffer.numel() < unit.nbytes:
-                continue
-            if slot.unit is None:
-                return slot
-            if slot.unit.active or slot.unit.bound:
-                continue
-            distance = self.order.distance(slot.unit)
-            if distance > best_distance:
-                best, best_distance = slot, distance
-        return best
+            idle.remove(best)
+            self._issue(unit, best[1])
+            if not idle:
+                return
 
     # -- memory on demand (layerwise) ------------------------------------------------------------------------------
     # A forward is divided into windows by the calls of enter and leave: 2p + 1 inside the p-th layer, 2p before it.

@@ -97,6 +97,7 @@ class Swap:
         self._depth = 0
         self._held: Any = None
         self._outside_torch = 0
+        self._patches = NO_PATCHES
         self._sizes: list = []
         self._adapter: Adapter | None = None
 
@@ -128,6 +129,7 @@ class Swap:
         self._adapter = Adapter(self)
         first = self._checked(self._adapter.first(), rest, now)
         written = packed.pack(patches, progress)
+        self._patches = patches
         packed.page_lock()
         self._place_rest(rest, patches)
         self._install()
@@ -232,16 +234,27 @@ class Swap:
             limit.held(self.device, limit.budget_now(self.device, self.limit, self._outside_torch)),
         ):
             self.streamer.release_all()
-            self._unbind_rest()
             try:
-                self.packed.pack(patches)
-                for slotted, placed in self._rest:
-                    if placed.signature != patches.signature(slotted.path):
-                        placed.signature = patches.signature(slotted.path)
-                        placed.tensor = self._on_device(slotted, patches)
+                self._take_patches(patches)
+            except BaseException:
+                self._take_patches(self._patches)
+                raise
             finally:
-                self._bind_rest()
-            self.apply(self.plan)
+                self.apply(self.plan)
+            self._patches = patches
+
+    def _take_patches(self, patches: Patches) -> None:
+        """Bring all weights, packed and on the device, up to date with ``patches``."""
+        self._unbind_rest()
+        try:
+            self.packed.pack(patches)
+            for slotted, placed in self._rest:
+                signature = patches.signature(slotted.path)
+                if placed.signature != signature:
+                    placed.tensor = self._on_device(slotted, patches)
+                    placed.signature = signature
+        finally:
+            self._bind_rest()
 
     def tensors(self) -> Iterator[Slotted]:
         """All weights that the engine has in its hands, as they are in host memory without patches."""
@@ -308,7 +321,8 @@ class Swap:
             before = self.streamer.device_bytes
             resident = [unit for unit in self.streamer.units if unit.resident is not None and not unit.active]
             slot_bytes = max((unit.nbytes for unit in resident), default=0)
-            slots = 0 if self.streamer.floating and self.plan.streamed else max(0, 2 - len(self.streamer.slots))
+            large = sum(slot.buffer.numel() >= slot_bytes for slot in self.streamer.slots)
+            slots = 0 if self.streamer.floating and self.plan.streamed else max(0, 2 - large)
             left, evicted = nbytes + slots * slot_bytes, set()
             for unit in resident[1::2] + resident[0::2]:
                 if left <= 0:

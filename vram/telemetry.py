@@ -169,7 +169,11 @@ class Telemetry:
             if visit.leave is not None:
                 units.append(Interval(visit.unit, go, at(visit.leave)))
                 arrivals.append(arrive)
+            self.link.give_back(visit.arrive)
+            self.link.give_back(visit.go)
         copies = tuple(Interval(copy.unit, at(copy.begin), at(copy.end)) for copy in recording.copies)
+        for copy in recording.copies:
+            self.link.give_back(copy.begin)
         return ForwardRecord(
             index=recording.index,
             seconds=at(recording.end),

@@ -73,9 +73,9 @@ def test_a_senseless_empty_cache_freq_is_refused_by_name(value):
 
 @pytest.mark.parametrize("value", ["Adaptive", "", "fast", None, 3, ["adaptive"]])
 def test_an_unknown_mode_is_refused_with_the_known_ones(value):
-    with pytest.raises(ValueError, match="swap_mode is .*adaptive, chunkwise, layerwise"):
+    with pytest.raises(ValueError, match=r"swap_mode is .*adaptive, chunkwise, layerwise"):
         SwapConfig.from_user(16, 300, value, 0)
-    with pytest.raises(ValueError, match="swap_mode is .*adaptive, chunkwise, layerwise"):
+    with pytest.raises(ValueError, match=r"swap_mode is .*adaptive, chunkwise, layerwise"):
         SwapConfig(mode=value)
 
 
@@ -127,9 +127,12 @@ def test_a_limit_that_is_too_small_names_the_smallest_that_does(name, mode):
         assert torch.equal(result, wanted)
 
 
+NESTED = "tables around children"
+EXTRA = [*((name, 0) for name in CASES), *((NESTED, extra) for extra in (1, 30_000, 100_000))]
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("extra", [0, 50_000])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "extra"), EXTRA)
 @torch.no_grad()
 def test_weights_on_the_device_never_exceed_the_limit(name, extra, mode):
     model, x = build(name), inputs()
@@ -350,7 +353,7 @@ def test_an_exception_before_the_first_block_and_in_the_root_do_no_harm():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("call", [1, 3])
 @pytest.mark.parametrize("error", [RuntimeError("cancelled"), KeyboardInterrupt(), Interrupted()])
 @torch.no_grad()
 def test_breaking_off_while_packing_leaves_the_model_whole_and_attaching_works_after(error, call, mode):
@@ -450,12 +453,12 @@ def test_an_allocation_that_fails_while_attaching_leaves_the_model_whole(setting
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("count", [1, 2, 5, 40])
+@pytest.mark.parametrize("count", [1, 5])
 @torch.no_grad()
 def test_allocations_that_fail_in_forwards_raise_or_are_lived_with_and_then_all_is_well(count, mode):
     model, x = build("blocks in a list"), inputs()
     wanted, before, weights = model(x), fingerprint(model), contents(model)
-    for first in (1, 2, 3, 7, 20):
+    for first in (1, 3, 20):
         swap = attach_small(model, mode)
         with pytest.MonkeyPatch.context() as patch:
             FailingAllocations(patch, first, count)

@@ -164,6 +164,7 @@ def compile_layers(model: WanModel) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_blocks_stream(mode: str, inputs: dict) -> None:
+    """The compiler fuses across layers where nothing is streamed and not where something is: close, and repeatable."""
     resident = host_model().cuda()
     compile_layers(resident)
     expected = resident(*inputs[1024])
@@ -171,8 +172,9 @@ def test_compiled_blocks_stream(mode: str, inputs: dict) -> None:
     streamed = host_model()
     swap = attach(streamed, SwapConfig(mode=mode, max_vram=round(2.4 * GIB) + outside()), "cuda")
     compile_layers(streamed)
-    for _ in range(3):
-        assert torch.equal(streamed(*inputs[1024]), expected)
+    outputs = [streamed(*inputs[1024]) for _ in range(4)]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert (outputs[0] - expected).abs().max() < 0.02 * expected.abs().max()
     swap.detach()
 
 
