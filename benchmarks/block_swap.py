@@ -72,6 +72,13 @@ class Bench:
             per_group = 5 if tokens < 20_000 else 2
             yield tokens, forwards(lambda: model(*inputs), self.device, self.args.groups, per_group), same  # noqa: B023
 
+    def fitting_cells(self, model: WanModel) -> Iterator[tuple[int, Measured, bool]]:
+        """``cells`` up to the first that does not fit the limit, which is said."""
+        try:
+            yield from self.cells(model)
+        except torch.OutOfMemoryError as error:
+            print("    does not fit:", str(error)[:160], flush=True)
+
     def add(self, name: str, setup: float, streamed: int, cells: Iterator, more: Callable[[], dict]) -> None:
         """Measure a row for each token count and print it."""
         for tokens, measured, same in cells:
@@ -168,7 +175,7 @@ class Bench:
         swap = attach(model, config, self.device)
         setup = time.perf_counter() - start
         outside = snapshot(self.device).outside_torch
-        for cell in self.cells(model):
+        for cell in self.fitting_cells(model):
             self.add(
                 f"{mode}, limit {gib:g} GiB",
                 setup,

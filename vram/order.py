@@ -29,7 +29,7 @@ class Order(Generic[Unit]):
         self.position = 0
         self._unit_of: Sequence[Unit] = ()
         self._ends: list[int] = []
-        self._uses: dict[Unit, list[int]] = {}
+        self._uses: dict[Unit | None, list[int]] = {}
 
     def learn(self, sequence: Sequence[int], unit_of: Sequence[Unit], streamed: set[Unit]) -> None:
         """Expect ``sequence`` of layers from now on; ``unit_of[layer]`` is a layer's unit. Only ``streamed`` units make
@@ -72,10 +72,14 @@ class Order(Generic[Unit]):
         """Index of the first run that is not behind the position; the number of runs at the end of the forward."""
         return bisect_left(self._ends, self.position)
 
-    def distance(self, unit: Unit | None) -> int:
-        """How many runs ahead ``unit`` is needed next; more than there are for one that is not expected, or None."""
-        uses = self._uses.get(unit) if unit is not None else None
+    def distance(self, unit: Unit | None, here: int | None = None) -> int:
+        """How many runs ahead ``unit`` is needed next, counted from run ``here`` (the present one); more than there are
+        for one that is not expected, or None."""
+        uses = self._uses.get(unit)
         if not uses:
             return len(self.runs) + 1
-        here, count = self.here(), len(self.runs)
-        return min((use - here) % count for use in uses)
+        if here is None:
+            here = self.here()
+        if len(uses) == 1:
+            return (uses[0] - here) % len(self.runs)
+        return min((use - here) % len(self.runs) for use in uses)

@@ -48,6 +48,12 @@ class Load:
         self.issued: threading.Event | None = None
         self.error: Exception | None = None
 
+    def failed(self) -> bool:
+        """Whether the copy could not be queued; waits until that is known."""
+        if self.issued is not None:
+            self.issued.wait()
+        return self.error is not None
+
 
 @dataclass(eq=False)
 class StreamUnit:
@@ -102,6 +108,10 @@ class StreamUnit:
         self._targets.clear()
 
 
+def _by_distance(entry: tuple[int, Slot]) -> int:
+    return entry[0]
+
+
 class Streamer:
     """Moves the units of one model. Thread-safe; a unit in use is never overwritten. ``peak_bytes`` is the most device
     memory that slots, resident units and loads took during a forward."""
@@ -145,8 +155,9 @@ class Streamer:
         with self.lock:
             self._drop_load(unit)
             slot = Slot(self.link.empty(unit.nbytes), -1)
+            stream = self.link.compute_stream()
             self._issue(unit, slot)
-            self._await(unit, self.link.compute_stream())
+            self._await(unit, stream)
             unit.slot = unit.load = slot.unit = None
             unit.resident = slot.buffer
             unit.bind(slot)
@@ -176,8 +187,8 @@ class Streamer:
         """Unbind all units and forget what the slots hold. Copies under way are waited for."""
         with self.lock:
             for unit in self.units:
-                if unit.load is not None and unit.load.issued is not None:
-                    unit.load.issued.wait()
+                if unit.load is not None:
+                    unit.load.failed()
             self.link.synchronize()
             for unit in self.units:
                 if unit.bound:
@@ -242,7 +253,7 @@ class Streamer:
                 self._measure()
             for unit in self.units:
                 if unit.bound and not unit.active and unit.resident is None:
-                    self._release(unit)
+                    self._release(unit, self.link.compute_stream())
             if completed:
                 self.telemetry.end(peak)
                 if self._trace != self.order.sequence:
@@ -253,6 +264,7 @@ class Streamer:
                 self.telemetry.abandon()
             self._profile = None
             self.order.position = 0
+            self.link.compute_stream()
             if self.floating:
                 for unit in self.units:
                     if not unit.bound:
@@ -288,16 +300,18 @@ class Streamer:
                 self._measure()
             unit.active -= 1
             if not unit.active and unit.resident is None and unit.bound and self.order.next_unit() is not unit:
-                self._release(unit)
+                self._release(unit, self.link.compute_stream())
                 self._prefetch()
         self.telemetry.host(time.perf_counter() - started)
 
     def _bring(self, unit: StreamUnit) -> None:
+        stream = self.link.compute_stream()
+        if unit.load is not None and unit.load.failed():
+            self._drop_load(unit)  # fetched ahead in vain: try once more, now that it is needed
         missed = unit.load is None
         if missed:
             self.telemetry.miss()
             self._issue(unit, self._demand_slot(unit))
-        stream = self.link.compute_stream()
         arrive = self.link.mark(stream)
         self._await(unit, stream)
         unit.bind(unit.slot)
@@ -308,19 +322,17 @@ class Streamer:
 
     def _await(self, unit: StreamUnit, stream: object) -> None:
         load = unit.load
-        if load.issued is not None:
-            load.issued.wait()
-            if load.error is not None:
-                self._drop_load(unit)
-                raise load.error
+        if load.failed():
+            self._drop_load(unit)
+            raise load.error
         self.link.compute_waits_for(load.ready, stream)
 
-    def _release(self, unit: StreamUnit) -> None:
-        """The unit's compute is queued: its slot may be overwritten once that is done. What it holds stays valid
+    def _release(self, unit: StreamUnit, stream: object) -> None:
+        """The unit's compute is queued on ``stream``: its slot may be overwritten once that is done. What it holds stays valid
         until then, because weights are read-only."""
         unit.unbind()
         slot = unit.slot
-        slot.free = self.link.mark(self.link.compute_stream())
+        slot.free = self.link.mark(stream)
         if unit.visit is not None:
             unit.visit.leave = slot.free
             unit.visit = None
@@ -332,11 +344,10 @@ class Streamer:
         slot, load = unit.slot, unit.load
         if slot is None:
             return
-        if load.issued is not None:
-            load.issued.wait()
+        failed = load.failed()
         unit.slot = unit.load = slot.unit = None
         if slot.number < 0:
-            if load.error is None:
+            if not failed:
                 self.link.compute_waits_for(load.ready, self.link.compute_stream())
             self.floating_bytes -= slot.buffer.numel()
 
@@ -345,8 +356,7 @@ class Streamer:
     def _issue(self, unit: StreamUnit, slot: Slot) -> None:
         """Queue the copy of ``unit`` into ``slot``, behind the compute that last used the slot."""
         if slot.unit is not None:
-            if slot.unit.load.issued is not None:
-                slot.unit.load.issued.wait()
+            slot.unit.load.failed()  # a copy through the staging ring is queued late, but before this one
             slot.unit.slot = slot.unit.load = None
         link = self.link
         copy = Copy(unit.index, unit.nbytes, link.event(), link.event())
@@ -402,7 +412,7 @@ class Streamer:
             return self._own_memory(unit)
         slot = max(idle, key=lambda slot: self.order.distance(slot.unit))
         if slot.unit is not None and slot.unit.bound:
-            self._release(slot.unit)
+            self._release(slot.unit, self.link.compute_stream())
         return slot
 
     def _own_memory(self, unit: StreamUnit) -> Slot:
@@ -416,28 +426,25 @@ class Streamer:
         if self.floating:
             self._prefetch_floating()
             return
+        order, runs = self.order, self.order.runs
+        here, count = order.here(), len(runs)
         idle = [
-            (self.order.distance(slot.unit), slot)
+            (order.distance(slot.unit, here), slot)
             for slot in self.slots
             if slot.unit is None or not (slot.unit.bound or slot.unit.active)
         ]
-        if not idle:
-            return
-        runs = self.order.runs
-        here, count = self.order.here(), len(runs)
+        if len(idle) > 1:
+            idle.sort(key=_by_distance, reverse=True)
         for ahead in range(min(count, len(self.slots) + 1)):
             unit = runs[(here + ahead) % count].unit
             if unit.load is not None:
                 continue
-            # the slot whose present unit is needed last, if that is later than this one
-            fitting = [entry for entry in idle if entry[1].buffer.numel() >= unit.nbytes]
-            best = max(fitting, key=lambda entry: entry[0], default=None)
+            # the slot that holds it whose present unit is needed last, if that is later than this one
+            best = next((entry for entry in idle if entry[1].buffer.numel() >= unit.nbytes), None)
             if best is None or best[0] <= ahead:
                 return
             idle.remove(best)
             self._issue(unit, best[1])
-            if not idle:
-                return
 
     # -- memory on demand (layerwise) ------------------------------------------------------------------------------
     # A forward is divided into windows by the calls of enter and leave: 2p + 1 inside the p-th layer, 2p before it.

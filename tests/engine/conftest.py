@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("engine", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.register_profile("engine", deadline=None, derandomize=True, database=None, max_examples=30)
 settings.load_profile("engine")
 
 

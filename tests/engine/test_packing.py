@@ -606,6 +606,9 @@ def test_a_unit_that_cannot_be_staged_fails_where_it_is_needed_and_can_be_tried_
     streamer.begin()
     with pytest.raises(OSError, match="gone"):
         streamer.enter(0)
+    ahead = streamer.units[1].load
+    if ahead is not None:
+        ahead.issued.wait(30)  # it failed as well
     streamer.end(False, 0)
     link.failing = False
     for _ in range(2):
