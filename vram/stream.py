@@ -11,101 +11,18 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
-from .layout import Entry
-from .link import Event, Link
+from .link import Link
+from .on_demand import CopySchedule
 from .order import Order
-from .plan import Use, issue_windows, smallest_cap
+from .slots import Load, Slot, StreamUnit
 from .staging import Piece, StagingRing
 from .telemetry import Copy, Telemetry, Visit
 from .units import format_bytes
 
 log = logging.getLogger(__name__)
-
-
-class Slot:
-    """Device memory that a streamed unit is copied into. ``number`` names it for cached views; -1: used once."""
-
-    __slots__ = ("buffer", "free", "number", "unit")
-
-    def __init__(self, buffer: torch.Tensor, number: int) -> None:
-        self.buffer = buffer
-        self.number = number
-        self.unit: StreamUnit | None = None
-        self.free: Event | None = None
-
-
-class Load:
-    """A copy on its way into a slot. ``issued`` is set once the copy is queued, or failed with ``error``."""
-
-    __slots__ = ("error", "issued", "ready")
-
-    def __init__(self, ready: Event) -> None:
-        self.ready = ready
-        self.issued: threading.Event | None = None
-        self.error: Exception | None = None
-
-    def failed(self) -> bool:
-        """Whether the copy could not be queued; waits until that is known."""
-        if self.issued is not None:
-            self.issued.wait()
-        return self.error is not None
-
-
-@dataclass(eq=False)
-class StreamUnit:
-    """A unit with its weights: ``source`` is page-locked host memory of ``nbytes``, or pieces that have to be staged.
-    ``entries`` are its parameters with the shift that binds them. ``overlap``: its copy must be hidden behind compute
-    even where that takes memory for two units."""
-
-    index: int
-    nbytes: int
-    entries: Sequence[tuple[Entry, int]]
-    source: torch.Tensor | list[Piece]
-    overlap: bool = True
-    slot: Slot | None = None
-    load: Load | None = None
-    resident: torch.Tensor | None = None
-    active: int = 0
-    bound: bool = False
-    visit: Visit | None = None
-    _views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    _targets: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def bind(self, slot: Slot) -> None:
-        """Let the module see this unit's weights in ``slot``."""
-        views = self._views.get(slot.number)
-        if views is None:
-            with torch.inference_mode(False):
-                views = [entry.bind(slot.buffer, shift) for entry, shift in self.entries]
-            if slot.number >= 0:
-                self._views[slot.number] = views
-        for (entry, _), view in zip(self.entries, views, strict=True):
-            entry.owner[entry.name] = view
-        self.bound = True
-
-    def unbind(self) -> None:
-        """Let the module see the host's tensors again."""
-        for entry, _ in self.entries:
-            entry.owner[entry.name] = entry.host
-        self.bound = False
-
-    def target(self, slot: Slot) -> torch.Tensor:
-        """The part of the slot's buffer that this unit takes."""
-        if slot.number < 0:
-            return slot.buffer
-        target = self._targets.get(slot.number)
-        if target is None:
-            target = self._targets[slot.number] = slot.buffer[: self.nbytes]
-        return target
-
-    def forget_views(self) -> None:
-        """The slots are going."""
-        self._views.clear()
-        self._targets.clear()
 
 
 def _by_distance(entry: tuple[int, Slot]) -> int:
@@ -128,9 +45,7 @@ class Streamer:
         self.peak_bytes = 0
         self._unit_of: list[StreamUnit] = []
         self._trace: list[int] = []
-        self._profile: dict[int, int] | None = None
-        self._issue_at: list[int] | None = None
-        self._cap: int | None = None
+        self._schedule = CopySchedule(link)
         self._spilled = 0
         self._staging = StagingRing(link)
 
@@ -226,11 +141,11 @@ class Streamer:
 
     def limit_floating(self, cap: int | None) -> None:
         """Never let prefetching take streamed units and activations together past ``cap`` bytes."""
-        self._cap = cap
+        self._schedule.cap = cap
 
     def _learn(self, sequence: Sequence[int]) -> None:
         self.order.learn(sequence, self._unit_of, {unit for unit in self.units if unit.resident is None})
-        self._issue_at = None
+        self._schedule.forget()
 
     # -- the forward ----------------------------------------------------------------------------------------------
 
@@ -241,28 +156,26 @@ class Streamer:
             self._trace = []
             self.peak_bytes = self.device_bytes
             self.telemetry.begin()
-            if self.floating and self._issue_at is None:
-                self._profile = {}
-                self.link.reset_memory_peak()
+            if self.floating:
+                self._schedule.begin()
             self._prefetch()
 
     def end(self, completed: bool, peak: int) -> None:
         """The forward is over; ``completed`` is False when an exception passes through."""
         with self.lock:
-            if self._profile is not None and completed:
-                self._measure()
+            self._measure()
             for unit in self.units:
                 if unit.bound and not unit.active and unit.resident is None:
                     self._release(unit, self.link.compute_stream())
             if completed:
                 self.telemetry.end(peak)
-                if self._trace != self.order.sequence:
+                same = self._trace == self.order.sequence
+                self._schedule.end(self.order if same else None)
+                if not same:
                     self._learn(self._trace)
-                elif self._profile is not None:
-                    self._plan_windows()
             else:
                 self.telemetry.abandon()
-            self._profile = None
+                self._schedule.end(None)
             self.order.position = 0
             self.link.compute_stream()
             if self.floating:
@@ -277,8 +190,7 @@ class Streamer:
         started = time.perf_counter()
         with self.lock:
             unit = self._unit_of[layer]
-            if self._profile is not None:
-                self._measure()
+            self._measure()
             self.order.advance(layer)
             if self.telemetry.recording:
                 self._trace.append(layer)
@@ -296,8 +208,7 @@ class Streamer:
         started = time.perf_counter()
         with self.lock:
             unit = self._unit_of[layer]
-            if self._profile is not None:
-                self._measure()
+            self._measure()
             unit.active -= 1
             if not unit.active and unit.resident is None and unit.bound and self.order.next_unit() is not unit:
                 self._release(unit, self.link.compute_stream())
@@ -446,38 +357,20 @@ class Streamer:
             idle.remove(best)
             self._issue(unit, best[1])
 
-    # -- memory on demand (layerwise) ------------------------------------------------------------------------------
-    # A forward is divided into windows by the calls of enter and leave: 2p + 1 inside the p-th layer, 2p before it.
-
     def _window(self) -> int:
+        """The window that this moment is in, see on_demand.py."""
         position = self.order.position
         inside = position > 0 and self._unit_of[self.order.sequence[position - 1]].active
         return 2 * position - 1 if inside else 2 * position
 
     def _measure(self) -> None:
-        """While profiling: memory in use since the last call, less what streamed units took."""
-        window = self._window()
-        used = self.link.memory_peak() - self.floating_bytes
-        self._profile[window] = max(self._profile.get(window, 0), used)
-        self.link.reset_memory_peak()
-
-    def _plan_windows(self) -> None:
-        """From the profile of a forward: when to begin each copy so that device memory stays as low as it can while
-        the next unit is still copied during compute."""
-        windows = 2 * len(self.order.sequence) + 1
-        activation = [self._profile.get(window, 0) for window in range(windows)]
-        uses = [Use(run.unit.nbytes, 2 * run.first + 1, 2 * run.last + 1, run.unit.overlap) for run in self.order.runs]
-        cap = smallest_cap(uses, activation)
-        if self._cap is not None:
-            cap = min(cap, self._cap)
-        self._issue_at = issue_windows(uses, activation, cap)
+        if self._schedule.measuring:
+            self._schedule.measure(self._window(), self.floating_bytes)
 
     def _prefetch_floating(self) -> None:
-        if self._issue_at is None:
-            return
-        window, runs = self._window(), self.order.runs
+        runs, window = self.order.runs, self._window()
         for index in range(self.order.here(), len(runs)):
-            if self._issue_at[index] > window:
+            if not self._schedule.due(index, window):
                 return
             unit = runs[index].unit
             if unit.load is None:

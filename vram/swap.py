@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,22 +14,18 @@ from torch import nn
 from . import limit
 from .adapt import Adapter
 from .config import SwapConfig
-from .discover import Layer, Slotted, shared_tensors, take_apart, tensor_bytes
+from .discover import Slotted, tensor_bytes
 from .gates import MARK, InstancePatches, gate, hide_from_compile, marked, stay
-from .layout import CannotPack, flatten
 from .link import open_link
 from .memory import MemorySnapshot, snapshot
-from .packing import NO_PATCHES, PackedModel, Patches, Progress, patched
+from .packing import NO_PATCHES, PackedModel, Patches, Progress
 from .plan import LimitTooSmall, Plan, Unit, single_layers, stream_all
+from .rest import Rest, sort_tensors
 from .stream import Streamer, StreamUnit
 from .telemetry import Telemetry
-from .units import MIB, format_bytes
+from .units import format_bytes
 
 log = logging.getLogger(__name__)
-
-# Layers below 1 MiB and below 1/1024 of the weights are resident: copying them costs more in latency than they take.
-SMALL_LAYER = 1 * MIB
-SMALL_SHARE = 1024
 
 
 def resolve(device: torch.device | str) -> torch.device:
@@ -68,14 +63,6 @@ def attach(
     return swap
 
 
-@dataclass
-class _Placed:
-    """A weight on the device for good, and the signature of the patch that it was made with."""
-
-    signature: Hashable | None
-    tensor: torch.Tensor
-
-
 class Swap:
     """Block swap attached to one model. Made by ``attach``."""
 
@@ -90,8 +77,7 @@ class Swap:
         self.plan: Plan | None = None
         self.limit = 0
         self.setup_seconds = 0.0
-        self.rest_bytes = 0
-        self._rest: list[tuple[Slotted, _Placed]] = []
+        self._rest = Rest(device)
         self._instance = InstancePatches()
         self._forward_lock = threading.RLock()
         self._depth = 0
@@ -100,6 +86,11 @@ class Swap:
         self._patches = NO_PATCHES
         self._sizes: list = []
         self._adapter: Adapter | None = None
+
+    @property
+    def rest_bytes(self) -> int:
+        """Bytes of the weights that are on the device beside units: what does not stream."""
+        return self._rest.nbytes
 
     # -- attach and detach ------------------------------------------------------------------------------------------
 
@@ -113,7 +104,7 @@ class Swap:
             raise RuntimeError(
                 f"block swap is attached to {type(self.root).__name__}, or to a part of it, already; detach it first"
             )
-        streamed, rest = self._sort_tensors()
+        streamed, rest = sort_tensors(self.root, self.config)
         now = limit.now_free(self.device)
         self.limit = self.config.max_vram or limit.automatic_limit(now)
         if packed is not None and not packed.is_whole(streamed):
@@ -131,7 +122,7 @@ class Swap:
         written = packed.pack(patches, progress)
         self._patches = patches
         packed.page_lock()
-        self._place_rest(rest, patches)
+        self._rest.place(rest, patches)
         self._install()
         self._outside_torch = snapshot(self.device).outside_torch
         with limit.held(self.device, limit.budget_now(self.device, self.limit, self._outside_torch)):
@@ -152,28 +143,6 @@ class Swap:
             format_bytes(self.limit),
             first.describe(),
         )
-
-    def _sort_tensors(self) -> tuple[list[Layer], list[Slotted]]:
-        """Layers to pack, and tensors that simply live on the device: small layers, what lies around other layers, tied
-        weights and, but for layerwise mode, everything outside the blocks."""
-        anatomy = take_apart(self.root, self.config.block_names)
-        candidates = [*anatomy.inside]
-        rest: list[Slotted] = []
-        if self.config.mode == "layerwise":
-            candidates = _in_order(self.root, [*anatomy.inside, *anatomy.outside])
-        else:
-            rest += [slotted for layer in anatomy.outside for slotted in layer.tensors]
-        shared = shared_tensors([*anatomy.inside, *anatomy.outside])
-        small = min(SMALL_LAYER, sum(layer.nbytes for layer in candidates) // SMALL_SHARE)
-        streamed: list[Layer] = []
-        for layer in candidates:
-            single = [slotted for slotted in layer.tensors if id(slotted.tensor) not in shared]
-            rest += [slotted for slotted in layer.tensors if id(slotted.tensor) in shared]
-            if layer.around or sum(tensor_bytes(slotted.tensor) for slotted in single) < small:
-                rest += single
-            elif single:
-                streamed.append(Layer(layer.path, layer.module, layer.block, single))
-        return streamed, rest
 
     def _checked(self, plan: Plan, rest: list[Slotted], now: MemorySnapshot) -> Plan:
         """``plan``, or the smallest one of its kind where that does not fit. Refuses before anything is moved when the
@@ -202,31 +171,6 @@ class Swap:
             least,
         )
 
-    def _place_rest(self, rest: list[Slotted], patches: Patches) -> None:
-        """Copy to the device what does not stream. Tied weights stay tied."""
-        placed: dict[int, _Placed] = {}
-        for slotted in rest:
-            tensor = slotted.tensor
-            if id(tensor) not in placed:
-                placed[id(tensor)] = _Placed(patches.signature(slotted.path), self._on_device(slotted, patches))
-                self.rest_bytes += tensor_bytes(tensor)
-            self._rest.append((slotted, placed[id(tensor)]))
-        self._bind_rest()
-
-    def _on_device(self, slotted: Slotted, patches: Patches) -> torch.Tensor:
-        value = slotted.tensor
-        if patches.signature(slotted.path) is not None:
-            value = patched(slotted.path, slotted.tensor, patches)
-        return _on_device(value, slotted.tensor, self.device)
-
-    def _bind_rest(self) -> None:
-        for slotted, placed in self._rest:
-            slotted.owner[slotted.name] = placed.tensor
-
-    def _unbind_rest(self) -> None:
-        for slotted, _ in self._rest:
-            slotted.owner[slotted.name] = slotted.tensor
-
     def repack(self, patches: Patches) -> None:
         """Change the patches of an attached model between forwards: only the weights that they touch are packed again."""
         with (
@@ -245,16 +189,12 @@ class Swap:
 
     def _take_patches(self, patches: Patches) -> None:
         """Bring all weights, packed and on the device, up to date with ``patches``."""
-        self._unbind_rest()
+        self._rest.unbind()
         try:
             self.packed.pack(patches)
-            for slotted, placed in self._rest:
-                signature = patches.signature(slotted.path)
-                if placed.signature != signature:
-                    placed.tensor = self._on_device(slotted, patches)
-                    placed.signature = signature
+            self._rest.update(patches)
         finally:
-            self._bind_rest()
+            self._rest.bind()
 
     def tensors(self) -> Iterator[Slotted]:
         """All weights that the engine has in its hands, as they are in host memory without patches."""
@@ -262,8 +202,7 @@ class Swap:
             for packed in layer.entries:
                 entry = packed.entry
                 yield Slotted(entry.path, entry.owner, entry.name, entry.host)
-        for slotted, _ in self._rest:
-            yield slotted
+        yield from self._rest.tensors()
 
     def _install(self) -> None:
         enter, leave = hide_from_compile(_plain(self.streamer.enter)), hide_from_compile(_plain(self.streamer.leave))
@@ -284,9 +223,7 @@ class Swap:
                 raise RuntimeError("block swap cannot be taken off a model while it computes")
             self.streamer.close()
             self._instance.restore()
-            self._unbind_rest()
             self._rest.clear()
-            self.rest_bytes = 0
             packed, self.packed, self.plan = self.packed, None, None
             if packed is not None:
                 packed.close()
@@ -413,26 +350,6 @@ def _call(function: Callable[[int], None], index: int) -> Callable[[], None]:
 
 def _layers(unit: Unit) -> range:
     return range(unit.first, unit.last)
-
-
-def _in_order(root: nn.Module, layers: list[Layer]) -> list[Layer]:
-    """Layers in the order in which their modules are defined."""
-    position = {id(module): index for index, module in enumerate(root.modules())}
-    return sorted(layers, key=lambda layer: position[id(layer.module)])
-
-
-def _on_device(value: torch.Tensor, like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of ``value`` on ``device``, of the class of ``like`` and a Parameter if that is one."""
-    try:
-        _, rebuild = flatten(like)
-        parts, _ = flatten(value)
-    except CannotPack:
-        moved = value.to(device)
-        if isinstance(like, nn.Parameter) and not isinstance(moved, nn.Parameter):
-            moved = nn.Parameter(moved, requires_grad=False)
-        return moved
-    with torch.inference_mode(False):
-        return rebuild([part.to(device, copy=True) for part in parts])
 
 
 def _elements(values: Any) -> int:

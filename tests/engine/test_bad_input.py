@@ -109,7 +109,7 @@ def test_zero_gigabytes_is_automatic():
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["adaptive", "layerwise"])
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_a_limit_that_is_too_small_names_the_smallest_that_does(name, mode):
@@ -466,6 +466,7 @@ def test_allocations_that_fail_in_forwards_raise_or_are_lived_with_and_then_all_
                 try:
                     result = model(x)
                 except torch.OutOfMemoryError:
+                    assert all(unit.active == 0 for unit in swap.streamer.units)
                     continue
                 assert torch.equal(result, wanted)
         for _ in range(3):

@@ -165,6 +165,25 @@ def test_units_that_were_evicted_are_fetched_ahead_like_all_others(name, mode):
     assert swap.telemetry.last().misses == 0
 
 
+@pytest.mark.parametrize("mode", ["adaptive", "chunkwise"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 2.0])
+@torch.no_grad()
+def test_the_memory_that_is_taken_is_what_the_plan_says(share, mode):
+    model, x = build("blocks in a list"), inputs()
+    limit = smallest_limit(model, mode=mode, block_size=SMALL) + int(weight_bytes(model) * share)
+    swap = attach(model, SwapConfig(mode=mode, block_size=SMALL, max_vram=limit), "cpu")
+    beside = weight_bytes(model) - sum(weight.nbytes for weight in packed_weights(swap))
+    for _ in range(4):
+        assert swap.device_bytes == beside + swap.plan.device_bytes
+        assert swap.plan.device_bytes == swap.plan.resident_bytes + swap.plan.slots * swap.plan.slot_bytes
+        model(x)
+    assert (swap.plan.streamed == ()) == (share == 2.0)
+
+
+def packed_weights(swap):
+    return [entry.entry.host for layer in swap.packed.layers for entry in layer.entries]
+
+
 @torch.no_grad()
 def test_what_is_counted_as_streamed_is_what_was_copied(counted_link):
     model, x = build("blocks in a list"), inputs()

@@ -145,4 +145,4 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=12, stateful_step_count=12)
+TestLife.settings = settings(max_examples=10, stateful_step_count=12)

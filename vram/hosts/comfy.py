@@ -27,10 +27,10 @@ import torch
 
 from ..config import SwapConfig
 from ..discover import find_blocks
-from ..gates import InstancePatches
-from ..packing import PackedModel, Patches
+from ..packing import Patches
 from ..swap import Swap, attach
 from ..units import format_bytes
+from .comfy_state import HostProgress, PatchIdentity, State
 
 log = logging.getLogger(__name__)
 
@@ -39,47 +39,6 @@ FORCE = "INTELLIGENT_VRAM_FORCE"
 
 _Backup = namedtuple("Backup", ["weight", "inplace_update"])
 _static_models: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-class _State:
-    """What block swap keeps on the module that patchers share: the swap and its owner, and the packed weights."""
-
-    def __init__(self) -> None:
-        self.swap: Swap | None = None
-        self.owner: int | None = None
-        self.key: Hashable = None
-        self.packed: PackedModel | None = None
-        self.reported = 0
-        self.backup: dict[str, Any] = {}
-        self._handed_over = InstancePatches()
-
-    def suspend(self) -> None:
-        """Take the swap off, whoever attached it: the module is whole, on the host, unpatched."""
-        self.take_back()
-        swap, self.swap, self.owner, self.key = self.swap, None, None, None
-        if swap is not None:
-            swap.detach()
-            self.backup.clear()
-
-    def hand_over(self, model: torch.nn.Module) -> None:
-        """The host lets go of a patcher because it, or another copy of it, is about to be loaded. The swap stays on for
-        the case that it is the same one; a patcher that loads weights in the host's way first walks over the modules, or
-        moves them, and finds the swap gone."""
-
-        def first(method: str) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                self.suspend()
-                return getattr(model, method)(*args, **kwargs)
-
-            return call
-
-        self.take_back()
-        for method in ("named_modules", "_apply"):
-            self._handed_over.set(model, method, first(method))
-
-    def take_back(self) -> None:
-        """Undo ``hand_over``."""
-        self._handed_over.restore()
 
 
 def reason_to_pass(device: torch.device) -> str | None:
@@ -162,9 +121,9 @@ class StreamedPatcher:
         return copy
 
     @property
-    def _state(self) -> _State:
+    def _state(self) -> State:
         if "intelligent_vram_state" not in self.model.__dict__:
-            self.model.__dict__["intelligent_vram_state"] = _State()
+            self.model.__dict__["intelligent_vram_state"] = State()
         return self.model.__dict__["intelligent_vram_state"]
 
     @property
@@ -223,7 +182,7 @@ class StreamedPatcher:
                 device_to,
                 patches=self._patches(),
                 packed=state.packed,
-                progress=_Progress(),
+                progress=HostProgress(),
             )
             state.packed, state.owner = state.swap.packed, id(self)
             state.reported = 0
@@ -296,7 +255,7 @@ class StreamedPatcher:
             key = key_of(path)
             patches = (*self.patches.get(key, ()), *hooked.get(key, ()))
             # the patches themselves are part of the signature: while it is kept, so is what their id names
-            return tuple(_Patch(patch) for patch in patches) or None
+            return tuple(PatchIdentity(patch) for patch in patches) or None
 
         def apply(path: str, tensor: torch.Tensor) -> torch.Tensor:
             return self._patched_weight(key_of(path), tensor, hooked.get(key_of(path)))
@@ -394,32 +353,3 @@ class StreamedPatcher:
             f", peak {format_bytes(peak)} of {format_bytes(swap.limit)}" if peak else "",
             swap.plan.describe(),
         )
-
-
-class _Patch:
-    """A patch of the host in a signature: equal when strength, offset and the adapter object are the same."""
-
-    __slots__ = ("identity", "patch")
-
-    def __init__(self, patch: tuple) -> None:
-        self.patch = patch
-        self.identity = tuple(value if isinstance(value, int | float | str) else id(value) for value in patch)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Patch) and self.identity == other.identity
-
-    def __hash__(self) -> int:
-        return hash(self.identity)
-
-
-class _Progress:
-    """The host's progress bar while weights are packed; an interruption of the prompt ends the packing."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def __call__(self, done: int, total: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if self._bar is None:
-            self._bar = comfy.utils.ProgressBar(total)
-        self._bar.update_absolute(done, total)

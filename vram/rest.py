@@ -1,0 +1,125 @@
+"""Weights that do not stream: which they are, and how they live on the device while block swap is attached."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .config import SwapConfig
+from .discover import Layer, Slotted, shared_tensors, take_apart, tensor_bytes
+from .layout import CannotPack, flatten
+from .packing import Patches, patched
+from .units import MIB
+
+# Layers below 1 MiB and below 1/1024 of the weights are resident: copying them costs more in latency than they take.
+SMALL_LAYER = 1 * MIB
+SMALL_SHARE = 1024
+
+
+def sort_tensors(root: nn.Module, config: SwapConfig) -> tuple[list[Layer], list[Slotted]]:
+    """Layers to pack, and tensors that simply live on the device: small layers, what lies around other layers, tied
+    weights and, but for layerwise mode, everything outside the blocks."""
+    anatomy = take_apart(root, config.block_names)
+    candidates = [*anatomy.inside]
+    rest: list[Slotted] = []
+    if config.mode == "layerwise":
+        candidates = _in_order(root, [*anatomy.inside, *anatomy.outside])
+    else:
+        rest += [slotted for layer in anatomy.outside for slotted in layer.tensors]
+    shared = shared_tensors([*anatomy.inside, *anatomy.outside])
+    small = min(SMALL_LAYER, sum(layer.nbytes for layer in candidates) // SMALL_SHARE)
+    streamed: list[Layer] = []
+    for layer in candidates:
+        single = [slotted for slotted in layer.tensors if id(slotted.tensor) not in shared]
+        rest += [slotted for slotted in layer.tensors if id(slotted.tensor) in shared]
+        if layer.around or sum(tensor_bytes(slotted.tensor) for slotted in single) < small:
+            rest += single
+        elif single:
+            streamed.append(Layer(layer.path, layer.module, layer.block, single))
+    return streamed, rest
+
+
+def _in_order(root: nn.Module, layers: list[Layer]) -> list[Layer]:
+    """Layers in the order in which their modules are defined."""
+    position = {id(module): index for index, module in enumerate(root.modules())}
+    return sorted(layers, key=lambda layer: position[id(layer.module)])
+
+
+@dataclass
+class _Placed:
+    """A weight on the device for good, and the signature of the patch that it was made with."""
+
+    signature: Hashable | None
+    tensor: torch.Tensor
+
+
+class Rest:
+    """Copies on the device of weights that do not stream. Tied weights stay tied. ``nbytes`` is what they take."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.nbytes = 0
+        self._weights: list[tuple[Slotted, _Placed]] = []
+
+    def place(self, weights: Sequence[Slotted], patches: Patches) -> None:
+        """Copy ``weights`` to the device, patched, and let their modules see the copies."""
+        placed: dict[int, _Placed] = {}
+        for slotted in weights:
+            tensor = slotted.tensor
+            if id(tensor) not in placed:
+                placed[id(tensor)] = _Placed(patches.signature(slotted.path), self._copy(slotted, patches))
+                self.nbytes += tensor_bytes(tensor)
+            self._weights.append((slotted, placed[id(tensor)]))
+        self.bind()
+
+    def update(self, patches: Patches) -> None:
+        """Make those copies anew whose patches changed. They are to be unbound while this is done."""
+        for slotted, placed in self._weights:
+            signature = patches.signature(slotted.path)
+            if placed.signature != signature:
+                placed.tensor = self._copy(slotted, patches)
+                placed.signature = signature
+
+    def bind(self) -> None:
+        """Let the modules see the copies."""
+        for slotted, placed in self._weights:
+            slotted.owner[slotted.name] = placed.tensor
+
+    def unbind(self) -> None:
+        """Let the modules see their own tensors."""
+        for slotted, _ in self._weights:
+            slotted.owner[slotted.name] = slotted.tensor
+
+    def clear(self) -> None:
+        """Unbind and forget the copies."""
+        self.unbind()
+        self._weights.clear()
+        self.nbytes = 0
+
+    def tensors(self) -> Iterator[Slotted]:
+        """The weights as they are in host memory."""
+        for slotted, _ in self._weights:
+            yield slotted
+
+    def _copy(self, slotted: Slotted, patches: Patches) -> torch.Tensor:
+        value = slotted.tensor
+        if patches.signature(slotted.path) is not None:
+            value = patched(slotted.path, slotted.tensor, patches)
+        return _on_device(value, slotted.tensor, self.device)
+
+
+def _on_device(value: torch.Tensor, like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of ``value`` on ``device``, of the class of ``like`` and a Parameter if that is one."""
+    try:
+        _, rebuild = flatten(like)
+        parts, _ = flatten(value)
+    except CannotPack:
+        moved = value.to(device)
+        if isinstance(like, nn.Parameter) and not isinstance(moved, nn.Parameter):
+            moved = nn.Parameter(moved, requires_grad=False)
+        return moved
+    with torch.inference_mode(False):
+        return rebuild([part.to(device, copy=True) for part in parts])
