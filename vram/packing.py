@@ -164,7 +164,7 @@ class PackedModel:
         waiting = [segment for segment in self._segments if segment.host is None]
         planned: list[_Segment] = []
         jobs: list[FillJob] = []
-        locked = self.arena.page_locked_bytes
+        locked = self.host_bytes  # all that was packed before is page-locked again, or will be
         for segment in waiting:
             fits = locked + segment.nbytes <= self.arena.budget
             if fits or self._must_pack(segment, patches):

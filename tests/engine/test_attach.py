@@ -79,14 +79,6 @@ def test_forwards_are_the_same_while_attached_and_after_and_the_model_comes_back
         assert all(weight.dtype == torch.float64 for weight in model.parameters() if weight.is_floating_point())
 
 
-@pytest.mark.parametrize("name", CASES)
-@torch.no_grad()
-def test_eight_forwards_in_the_tightest_limit_that_adaptive_mode_takes(name):
-    model, x = build(name), inputs()
-    attach_small(model, max_vram=limit_called("smallest", model, block_size=SMALL))
-    assert equal(outputs(model, CASES[name].calls * 2, x), wanted_outputs(name) * 2)
-
-
 @pytest.mark.parametrize("mode", ["adaptive", "layerwise"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["multi-head attention", "tables around children"])

@@ -459,6 +459,16 @@ def test_no_more_ram_is_taken_than_the_budget(budget):
     assert packed.host_bytes + SMALL * 2 > min(budget, packed.packed_bytes)
 
 
+def test_attaching_again_takes_no_more_ram_than_the_budget_either():
+    model, packed, taken = build("blocks in a list"), None, []
+    for _ in range(3):
+        swap = attach(model, SwapConfig(block_size=SMALL, host_budget=100_000), "cpu", packed=packed)
+        taken.append(swap.packed.host_bytes)
+        packed = swap.detach()
+    assert taken == [taken[0]] * 3
+    assert taken[0] <= 100_000
+
+
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_every_model_streams_through_the_staging_ring(name):

@@ -82,7 +82,7 @@ def test_once_the_order_is_known_each_streamed_unit_is_copied_once_per_forward_i
         assert swap.telemetry.last().misses == 0
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["adaptive", "layerwise"])
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_a_forward_that_is_like_the_last_one_misses_nothing(name, mode):

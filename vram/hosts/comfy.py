@@ -25,17 +25,20 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 
+from .. import limit
 from ..config import SwapConfig
 from ..discover import find_blocks
+from ..memory import snapshot
 from ..packing import Patches
 from ..swap import Swap, attach
-from ..units import format_bytes
+from ..units import GIB, format_bytes
 from .comfy_state import HostProgress, PatchIdentity, State
 
 log = logging.getLogger(__name__)
 
 ROOT = "diffusion_model"
 FORCE = "INTELLIGENT_VRAM_FORCE"
+ACTIVATIONS = 2 * GIB  # beside weights, for deciding whether other models are in the way
 
 _Backup = namedtuple("Backup", ["weight", "inplace_update"])
 _static_models: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -175,6 +178,7 @@ class StreamedPatcher:
             self._suspend()
             self.unpatch_hooks()
             self._set_weight_functions(device_to)
+            self._make_room(device_to)
             state = self._state
             state.swap = attach(
                 getattr(self.model, ROOT),
@@ -232,6 +236,22 @@ class StreamedPatcher:
         if state.swap is not None:
             state.suspend()
             log.debug("block swap taken off %s; its packed weights stay in RAM", type(self.model).__name__)
+
+    def _make_room(self, device: torch.device) -> None:
+        """Let the host unload models that the present sampling does not use, where they take what the limit allows to
+        this one. (The host unloads only what the whole card has no room for.)"""
+        if device.type != "cuda":
+            return
+        now = snapshot(device)
+        allowed = self.swap_config.max_vram or limit.automatic_limit(now)
+        room = limit.torch_budget(allowed, now) - now.allocated
+        wanted = min(allowed, self.model_size() + ACTIVATIONS)
+        if room >= wanted:
+            return
+        # what the host is loading in the same call it has taken off its list, or marked as used since
+        keep = [loaded for loaded in comfy.model_management.current_loaded_models if loaded.currently_used]
+        free = comfy.model_management.get_free_memory(device)
+        comfy.model_management.free_memory(free + wanted - room, device, keep_loaded=keep)
 
     def _key(self, device: torch.device) -> Hashable:
         """What must be the same for an attached swap to go on."""
