@@ -109,8 +109,9 @@ class Adapter:
         """Highest memory in use during the forward that just ended, in bytes; on a CPU that of the weights only."""
         if self.swap.device.type != "cuda":
             return self.swap.rest_bytes + self.swap.streamer.peak_bytes
-        now = snapshot(self.swap.device)
-        self._peak_reserved, self._peak_allocated = now.peak_reserved, now.peak_allocated
+        statistics = torch.cuda.memory_stats_as_nested_dict(self.swap.device)
+        self._peak_reserved = statistics["reserved_bytes"]["all"]["peak"]
+        self._peak_allocated = statistics["allocated_bytes"]["all"]["peak"]
         return self._peak_allocated
 
     def after(self, completed: bool) -> None:

@@ -158,7 +158,6 @@ def shared_tensors(layers: Sequence[Layer]) -> set[int]:
 class Anatomy:
     """A model taken apart: the layers inside blocks and those outside, each in order of definition."""
 
-    block_count: int
     inside: tuple[Layer, ...]
     outside: tuple[Layer, ...]
 
@@ -184,4 +183,4 @@ def take_apart(root: nn.Module, names: Sequence[str] | None = None) -> Anatomy:
                 inside.append(layer)
     paths = [path for path, _ in blocks]
     outside = [layer for layer in layers_of(root, "", None, skip=paths) if id(layer.module) not in seen]
-    return Anatomy(len(blocks), tuple(inside), tuple(outside))
+    return Anatomy(tuple(inside), tuple(outside))

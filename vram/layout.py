@@ -174,8 +174,3 @@ class Entry:
     def bind(self, buffer: torch.Tensor, shift: int = 0) -> torch.Tensor:
         """The parameter over ``buffer``, whose byte 0 is byte ``shift`` of the packed buffer."""
         return self.rebuild([spec.shifted(shift).view(buffer) for spec in self.specs])
-
-
-def copy_into(spec: TensorSpec, source: torch.Tensor, buffer: torch.Tensor) -> None:
-    """Copy a plain tensor (any device) to its place in ``buffer``."""
-    spec.view(buffer).copy_(source)
