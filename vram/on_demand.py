@@ -20,12 +20,9 @@ class CopySchedule:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.cap: int | None = None
-        self._activation: dict[int, int] | None = None
+        self.measuring = False
+        self._activation: dict[int, int] = {}
         self._windows: list[int] | None = None
-
-    @property
-    def measuring(self) -> bool:
-        return self._activation is not None
 
     def forget(self) -> None:
         """The order of use changed, or what a forward needs: measure the next one."""
@@ -34,7 +31,7 @@ class CopySchedule:
     def begin(self) -> None:
         """A forward begins; it is measured if nothing is known."""
         if self._windows is None:
-            self._activation = {}
+            self.measuring, self._activation = True, {}
             self.link.reset_memory_peak()
 
     def measure(self, window: int, taken: int) -> None:
@@ -45,11 +42,11 @@ class CopySchedule:
 
     def end(self, order: Order[StreamUnit] | None) -> None:
         """The forward is over. When it was measured and went in ``order``, plan the next; None: it did not."""
-        measured, self._activation = self._activation, None
-        if measured is None or order is None:
+        measured, self.measuring = self.measuring, False
+        if not measured or order is None:
             return
         windows = 2 * len(order.sequence) + 1
-        activation = [measured.get(window, 0) for window in range(windows)]
+        activation = [self._activation.get(window, 0) for window in range(windows)]
         uses = [Use(run.unit.nbytes, 2 * run.first + 1, 2 * run.last + 1, run.unit.overlap) for run in order.runs]
         cap = smallest_cap(uses, activation)
         self._windows = issue_windows(uses, activation, cap if self.cap is None else min(cap, self.cap))

@@ -47,6 +47,7 @@ class Streamer:
         self._trace: list[int] = []
         self._schedule = CopySchedule(link)
         self._spilled = 0
+        self._host_seconds = 0.0
         self._staging = StagingRing(link)
 
     # -- configuration, between forwards ---------------------------------------------------------------------------
@@ -154,6 +155,7 @@ class Streamer:
         with self.lock:
             self.order.position = 0
             self._trace = []
+            self._host_seconds = 0.0
             self.peak_bytes = self.device_bytes
             self.telemetry.begin()
             if self.floating:
@@ -163,12 +165,13 @@ class Streamer:
     def end(self, completed: bool, peak: int) -> None:
         """The forward is over; ``completed`` is False when an exception passes through."""
         with self.lock:
-            self._measure()
+            if self._schedule.measuring:
+                self._measure()
             for unit in self.units:
                 if unit.bound and not unit.active and unit.resident is None:
                     self._release(unit, self.link.compute_stream())
             if completed:
-                self.telemetry.end(peak)
+                self.telemetry.end(peak, self._host_seconds)
                 same = self._trace == self.order.sequence
                 self._schedule.end(self.order if same else None)
                 if not same:
@@ -190,7 +193,8 @@ class Streamer:
         started = time.perf_counter()
         with self.lock:
             unit = self._unit_of[layer]
-            self._measure()
+            if self._schedule.measuring:
+                self._measure()
             self.order.advance(layer)
             if self.telemetry.recording:
                 self._trace.append(layer)
@@ -201,19 +205,20 @@ class Streamer:
                 except BaseException:
                     unit.active -= 1
                     raise
-        self.telemetry.host(time.perf_counter() - started)
+            self._host_seconds += time.perf_counter() - started
 
     def leave(self, layer: int) -> None:
         """``layer`` has queued its compute, or failed."""
         started = time.perf_counter()
         with self.lock:
             unit = self._unit_of[layer]
-            self._measure()
+            if self._schedule.measuring:
+                self._measure()
             unit.active -= 1
             if not unit.active and unit.resident is None and unit.bound and self.order.next_unit() is not unit:
                 self._release(unit, self.link.compute_stream())
                 self._prefetch()
-        self.telemetry.host(time.perf_counter() - started)
+            self._host_seconds += time.perf_counter() - started
 
     def _bring(self, unit: StreamUnit) -> None:
         stream = self.link.compute_stream()
@@ -364,8 +369,7 @@ class Streamer:
         return 2 * position - 1 if inside else 2 * position
 
     def _measure(self) -> None:
-        if self._schedule.measuring:
-            self._schedule.measure(self._window(), self.floating_bytes)
+        self._schedule.measure(self._window(), self.floating_bytes)
 
     def _prefetch_floating(self) -> None:
         runs, window = self.order.runs, self._window()

@@ -113,11 +113,12 @@ class Telemetry:
         self._open.copies, self._early = self._early, []
         self.forwards += 1
 
-    def end(self, peak: int) -> None:
-        """The forward has been queued to its end."""
+    def end(self, peak: int, host_seconds: float) -> None:
+        """The forward has been queued to its end; ``host_seconds`` is what the engine's own code took."""
         recording, self._open = self._open, None
         recording.end = self.link.mark(self.link.compute_stream())
         recording.peak = peak
+        recording.host_seconds = host_seconds
         self._finished.append(recording)
 
     def abandon(self) -> None:
@@ -132,11 +133,6 @@ class Telemetry:
         """A unit began to compute."""
         if self._open is not None:
             self._open.visits.append(visit)
-
-    def host(self, seconds: float) -> None:
-        """Time that the engine's own code took on the host."""
-        if self._open is not None:
-            self._open.host_seconds += seconds
 
     def miss(self) -> None:
         """A unit was needed that nobody had begun to copy."""
