@@ -25,19 +25,20 @@ def automatic_limit(now: MemorySnapshot) -> int:
 def torch_budget(limit: int, now: MemorySnapshot) -> int:
     """Bytes that torch's allocator may reserve under ``limit`` for the whole process: less what the process holds
     outside torch, and no more than the card has left beside other programs."""
-    budget = limit - now.outside_torch
-    if now.device.type == "cuda" and now.reachable is not None:
-        budget = min(budget, now.reachable - SAFETY // 2)
-    return budget
+    return _within_card(limit - now.outside_torch, now.reachable if now.device.type == "cuda" else None)
 
 
 def budget_now(device: torch.device, limit: int, outside_torch: int) -> int:
     """``torch_budget`` at this moment, cheap enough for every forward: what the process holds outside torch is given."""
-    budget = limit - outside_torch
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        budget = min(budget, free + reserved(device) - SAFETY // 2)
-    return budget
+    if device.type != "cuda":
+        return _within_card(limit - outside_torch, None)
+    free, _ = torch.cuda.mem_get_info(device)
+    return _within_card(limit - outside_torch, free + reserved(device))
+
+
+def _within_card(budget: int, reachable: int | None) -> int:
+    """``budget``, or a little less than what the process can reach on the card where that is less."""
+    return budget if reachable is None else min(budget, reachable - SAFETY // 2)
 
 
 def reserved(device: torch.device) -> int:

@@ -353,7 +353,7 @@ def _layers(unit: Unit) -> range:
 
 
 def _elements(values: Any) -> int:
-    """Elements of all floating-point tensors in nested arguments: what activations grow with."""
+    """Elements of all tensors in nested arguments: what activations grow with."""
     if isinstance(values, torch.Tensor):
         return values.numel()
     if isinstance(values, dict):
