@@ -1,6 +1,13 @@
 """The nodes of this pack, as ComfyUI lists them."""
 
 from .block_swap import BlockSwapWrapper
+from .block_swap_wanvideo import BlockSwapWrapperWanVideo
 
-NODE_CLASS_MAPPINGS = {"BlockSwapWrapper": BlockSwapWrapper}
-NODE_DISPLAY_NAME_MAPPINGS = {"BlockSwapWrapper": "Block Swap Wrapper (Intelligent VRAM)"}
+NODE_CLASS_MAPPINGS = {
+    "BlockSwapWrapper": BlockSwapWrapper,
+    "BlockSwapWrapperWanVideo": BlockSwapWrapperWanVideo,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "BlockSwapWrapper": "Block Swap Wrapper (Intelligent VRAM)",
+    "BlockSwapWrapperWanVideo": "Block Swap Wrapper for WanVideo (Intelligent VRAM)",
+}

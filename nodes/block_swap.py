@@ -1,4 +1,4 @@
-"""BlockSwapWrapper: stream a model's blocks inside a VRAM limit."""
+"""BlockSwapWrapper: stream a model's blocks inside a VRAM limit, for ComfyUI's models and for WanVideoWrapper's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,52 @@ from typing import Any
 
 from ..vram.config import SwapConfig
 from ..vram.plan import MODES
+
+
+def swap_inputs() -> dict[str, Any]:
+    """The settings of block swap, as the inputs of a node."""
+    return {
+        "max_vram_gb": (
+            "FLOAT",
+            {
+                "default": 0.0,
+                "min": 0.0,
+                "max": 1024.0,
+                "step": 0.1,
+                "tooltip": "All the VRAM that ComfyUI may use while this model samples, in GiB: weights, slots and "
+                "activations. 0 is automatic: 80% of the card, or what other programs leave of it.",
+            },
+        ),
+        "block_size_mb": (
+            "INT",
+            {
+                "default": 300,
+                "min": 1,
+                "max": 65536,
+                "tooltip": "How much is moved at once, in MiB. Smaller needs less VRAM, larger has fewer copies. "
+                "300 suits most cards, 200 small ones, 500 large ones. layerwise does not use it.",
+            },
+        ),
+        "swap_mode": (
+            list(MODES),
+            {
+                "default": "adaptive",
+                "tooltip": "adaptive: measures the first step, then keeps as many blocks in VRAM as the limit holds "
+                "and chooses sizes by itself. chunkwise: the same with units of block_size_mb, decided once. "
+                "layerwise: one layer at a time and nothing kept, the least VRAM.",
+            },
+        ),
+        "empty_cache_freq": (
+            "INT",
+            {
+                "default": 0,
+                "min": 0,
+                "max": 10000,
+                "tooltip": "Return cached VRAM to the driver after every so many steps. 0 is never, which is "
+                "fastest; use 1 when another program on this card needs every bit.",
+            },
+        ),
+    }
 
 
 class BlockSwapWrapper:
@@ -23,54 +69,11 @@ class BlockSwapWrapper:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "model": (
-                    "MODEL",
-                    {"tooltip": "A model with transformer blocks: Wan, Flux, HunyuanVideo, Qwen-Image, ..."},
-                ),
-                "max_vram_gb": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        "min": 0.0,
-                        "max": 1024.0,
-                        "step": 0.1,
-                        "tooltip": "All the VRAM that ComfyUI may use while this model samples, in GiB: weights, slots and "
-                        "activations. 0 is automatic: 80% of the card, or what other programs leave of it.",
-                    },
-                ),
-                "block_size_mb": (
-                    "INT",
-                    {
-                        "default": 300,
-                        "min": 1,
-                        "max": 65536,
-                        "tooltip": "How much is moved at once, in MiB. Smaller needs less VRAM, larger has fewer copies. "
-                        "300 suits most cards, 200 small ones, 500 large ones. layerwise does not use it.",
-                    },
-                ),
-                "swap_mode": (
-                    list(MODES),
-                    {
-                        "default": "adaptive",
-                        "tooltip": "adaptive: measures the first step, then keeps as many blocks in VRAM as the limit holds "
-                        "and chooses sizes by itself. chunkwise: the same with units of block_size_mb, decided once. "
-                        "layerwise: one layer at a time and nothing kept, the least VRAM.",
-                    },
-                ),
-                "empty_cache_freq": (
-                    "INT",
-                    {
-                        "default": 0,
-                        "min": 0,
-                        "max": 10000,
-                        "tooltip": "Return cached VRAM to the driver after every so many steps. 0 is never, which is "
-                        "fastest; use 1 when another program on this card needs every bit.",
-                    },
-                ),
-            }
-        }
+        model = (
+            "MODEL",
+            {"tooltip": "A model with transformer blocks: Wan, Flux, HunyuanVideo, Qwen-Image, ..."},
+        )
+        return {"required": {"model": model, **swap_inputs()}}
 
     def wrap(
         self, model: Any, max_vram_gb: float, block_size_mb: int, swap_mode: str, empty_cache_freq: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,23 @@ class NoBlocks(ValueError):
 
 
 @dataclass(frozen=True)
+class Scope:
+    """What of a model the engine takes over.
+
+    outside: also what lies outside the blocks; if not, its host goes on placing that.
+    leave: names of parameters and buffers in blocks that stay where they are.
+    called_alone: names of parts of a block that are also called by others than the block.
+    """
+
+    outside: bool = True
+    leave: frozenset[str] = frozenset()
+    called_alone: frozenset[str] = frozenset()
+
+
+WHOLE = Scope()
+
+
+@dataclass(frozen=True)
 class Slotted:
     """A parameter or buffer in its module: ``owner[name]`` is where the module looks it up."""
 
@@ -37,6 +55,7 @@ class Slotted:
     owner: dict[str, torch.Tensor | None]
     name: str
     tensor: torch.Tensor
+    is_buffer: bool = False
 
 
 @dataclass
@@ -70,12 +89,13 @@ def own_tensors(module: nn.Module, path: str) -> Iterator[Slotted]:
     for owner in (module._parameters, module._buffers):
         for name, tensor in owner.items():
             if tensor is not None:
-                yield Slotted(f"{path}.{name}" if path else name, owner, name, tensor)
+                yield Slotted(f"{path}.{name}" if path else name, owner, name, tensor, owner is module._buffers)
 
 
 def find_blocks(root: nn.Module, names: Sequence[str] | None = None) -> list[tuple[str, nn.Module]]:
     """The blocks of ``root`` with their paths, in order of definition: the items of each module list whose name (the
-    last part of its path, or the whole path) is in ``names``, by default BLOCK_LISTS. Lists inside blocks do not count.
+    last part of its path, or the whole path) is in ``names``, by default BLOCK_LISTS; a name with a dot before it is a
+    whole path only. Lists inside blocks do not count.
 
     Raises NoBlocks, saying what was looked for and which lists there are.
     """
@@ -84,10 +104,11 @@ def find_blocks(root: nn.Module, names: Sequence[str] | None = None) -> list[tup
     inside: tuple[str, ...] = ()
     lists: list[str] = []
     for path, module in root.named_modules():
-        if not isinstance(module, nn.ModuleList) and (names is None or path not in wanted):
+        if not isinstance(module, nn.ModuleList) and (names is None or not {path, f".{path}"} & {*wanted}):
             continue
         lists.append(path)
-        if (path in wanted or path.rpartition(".")[2] in wanted) and not path.startswith(inside or ("\0",)):
+        named = path in wanted or path.rpartition(".")[2] in wanted or f".{path}" in wanted
+        if named and not path.startswith(inside or ("\0",)):
             found += [(f"{path}.{name}", child) for name, child in module.named_children()]
             inside = (*inside, f"{path}.")
     if not found:
@@ -134,6 +155,24 @@ def layers_of(module: nn.Module, path: str, block: int | None, skip: Sequence[st
         yield from layers_of(child, f"{path}.{name}" if path else name, block, skip)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module`` is what torch.compile made of another one. Does not import the compiler."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def _layers_of_compiled(block: nn.Module, path: str, index: int, called_alone: frozenset[str]) -> Iterator[Layer]:
+    """A compiled block is one layer, for a gate inside would break its graph; but for parts that are called alone."""
+    whole, alone = Layer(path, block, index), []
+    for layer in layers_of(block._orig_mod, f"{path}._orig_mod", index):
+        if layer.around or called_alone.intersection(layer.path[len(path) :].split(".")):
+            alone.append(layer)
+        else:
+            whole.tensors.extend(layer.tensors)
+    yield whole
+    yield from alone
+
+
 def shared_tensors(layers: Sequence[Layer]) -> set[int]:
     """``id`` of each tensor that lies in the memory of another one, or occurs more than once: tied weights."""
     counts = Counter(id(slotted.tensor) for layer in layers for slotted in layer.tensors)
@@ -162,25 +201,33 @@ class Anatomy:
     outside: tuple[Layer, ...]
 
 
-def take_apart(root: nn.Module, names: Sequence[str] | None = None) -> Anatomy:
-    """Blocks and layers of ``root``. A module that occurs twice (a block that is used twice) counts once.
+def take_apart(root: nn.Module, names: Sequence[str] | None = None, scope: Scope = WHOLE) -> Anatomy:
+    """Blocks and layers of ``root``, as far as ``scope`` goes. A module that occurs twice (a block that is used twice)
+    counts once.
 
     Raises NoBlocks, and ValueError for parameters on the meta device.
     """
     blocks = find_blocks(root, names)
-    meta = [path for path, tensor in [*root.named_parameters(), *root.named_buffers()] if tensor.is_meta]
+    inside: list[Layer] = []
+    seen: set[int] = set()
+    for index, (path, block) in enumerate(blocks):
+        compiled = is_compiled(block)
+        layers = (
+            _layers_of_compiled(block, path, index, scope.called_alone) if compiled else layers_of(block, path, index)
+        )
+        for layer in layers:
+            if id(layer.module) not in seen:
+                seen.add(id(layer.module))
+                layer.tensors = [slotted for slotted in layer.tensors if slotted.name not in scope.leave]
+                inside.append(layer)
+    outside: list[Layer] = []
+    if scope.outside:
+        paths = [path for path, _ in blocks]
+        outside = [layer for layer in layers_of(root, "", None, skip=paths) if id(layer.module) not in seen]
+    meta = [slotted.path for layer in [*outside, *inside] for slotted in layer.tensors if slotted.tensor.is_meta]
     if meta:
         raise ValueError(
             f"{len(meta)} parameters of {type(root).__name__} are on the meta device and have no data, "
             f"{meta[0]} first; load the weights before block swap is attached"
         )
-    inside: list[Layer] = []
-    seen: set[int] = set()
-    for index, (path, block) in enumerate(blocks):
-        for layer in layers_of(block, path, index):
-            if id(layer.module) not in seen:
-                seen.add(id(layer.module))
-                inside.append(layer)
-    paths = [path for path, _ in blocks]
-    outside = [layer for layer in layers_of(root, "", None, skip=paths) if id(layer.module) not in seen]
     return Anatomy(tuple(inside), tuple(outside))

@@ -25,6 +25,9 @@ class InstancePatches:
         self._saved.append((module, name, module.__dict__.get(name, _MISSING)))
         module.__dict__[name] = value
 
+    def __bool__(self) -> bool:
+        return bool(self._saved)
+
     def restore(self) -> None:
         """Undo everything, newest first."""
         while self._saved:

@@ -63,6 +63,15 @@ class _Segment:
     host: HostSegment | None = None
 
 
+# signature of a weight that is to be packed again, whatever its patch
+_STALE = object()
+
+
+def _kind(layer: PackedLayer) -> tuple:
+    """What of a layer must be the same for another one to take its place."""
+    return layer.layer.block, tuple((id(p.entry.owner), p.entry.name, p.entry.specs) for p in layer.entries)
+
+
 def patched(path: str, tensor: torch.Tensor, patches: Patches) -> torch.Tensor:
     """The patched weight. Raises ValueError when its shape or dtype, or that of a part, is not the original's."""
     result = patches.apply(path, tensor)
@@ -95,7 +104,8 @@ class PackedModel:
         """Lay the layers out: in each block as few segments of up to ``segment_bytes`` as possible, as even as possible;
         blocks that are smaller share a segment."""
         groups: list[list[PackedLayer]] = []
-        for packed in filter(lambda packed: packed.entries, map(self._lay_out, layers)):
+        laid_out, self.left_out = self._lay_out(layers)
+        for packed in laid_out:
             block = packed.layer.block
             if groups and block is not None and groups[-1][0].layer.block == block:
                 groups[-1].append(packed)
@@ -123,22 +133,27 @@ class PackedModel:
         segment.nbytes += packed.nbytes
         self.layers.append(packed)
 
-    def _lay_out(self, layer: Layer) -> PackedLayer:
-        """A layer's weights, packed from offset 0; what cannot be packed is left out."""
-        entries, size = [], 0
-        for slotted in layer.tensors:
-            try:
-                parts, rebuild = flatten(slotted.tensor)
-            except CannotPack as reason:
-                self.left_out.append((slotted, str(reason)))
-                continue
-            specs = []
-            for part in parts:
-                specs.append(plan_tensor(part, size))
-                size = align(specs[-1].offset + specs[-1].nbytes)
-            entry = Entry(slotted.path, slotted.owner, slotted.name, slotted.tensor, tuple(specs), rebuild)
-            entries.append(PackedEntry(entry, parts))
-        return PackedLayer(layer, 0, 0, size, entries)
+    @staticmethod
+    def _lay_out(layers: Sequence[Layer]) -> tuple[list[PackedLayer], list[tuple[Slotted, str]]]:
+        """Layers with their weights packed from offset 0 each, and what cannot be packed, with the reason."""
+        laid_out, left_out = [], []
+        for layer in layers:
+            entries, size = [], 0
+            for slotted in layer.tensors:
+                try:
+                    parts, rebuild = flatten(slotted.tensor)
+                except CannotPack as reason:
+                    left_out.append((slotted, str(reason)))
+                    continue
+                specs = []
+                for part in parts:
+                    specs.append(plan_tensor(part, size))
+                    size = align(specs[-1].offset + specs[-1].nbytes)
+                entry = Entry(slotted.path, slotted.owner, slotted.name, slotted.tensor, tuple(specs), rebuild)
+                entries.append(PackedEntry(entry, parts))
+            if entries:
+                laid_out.append(PackedLayer(layer, 0, 0, size, entries))
+        return laid_out, left_out
 
     @property
     def sizes(self) -> list[LayerSize]:
@@ -276,22 +291,43 @@ class PackedModel:
             self._adopt(packed, host, start)
         return sum(spec.nbytes for spec in specs)
 
-    def is_whole(self, layers: Sequence[Layer]) -> bool:
-        """Whether this is still a packing of ``layers``: the same tensors in the same modules, where packing put them;
-        nobody moved, replaced or changed them since."""
-        here = {
-            (id(packed.entry.owner), packed.entry.name, id(packed.entry.host))
-            for layer in self.layers
-            for packed in layer.entries
-        } | {(id(slotted.owner), slotted.name, id(slotted.tensor)) for slotted, _ in self.left_out}
-        there = {(id(s.owner), s.name, id(s.tensor)) for layer in layers for s in layer.tensors}
-        return here == there and all(
-            packed.signature is not None
-            or segment.host is None
-            or self._lives_in(packed, segment.host.buffer, layer.start)
+    def renew(self, layers: Sequence[Layer]) -> bool:
+        """Whether this is, or can be made, a packing of ``layers``: the same modules with the same kinds of weights.
+
+        A weight that was moved, or replaced by another of its kind, since it was packed is packed again by the next
+        ``pack``. False when too much is different for that; nothing is changed then.
+        """
+        fresh, left_out = self._lay_out(layers)
+        if [(id(s.owner), s.name, id(s.tensor)) for s, _ in left_out] != [
+            (id(s.owner), s.name, id(s.tensor)) for s, _ in self.left_out
+        ] or [_kind(layer) for layer in fresh] != [_kind(layer) for layer in self.layers]:
+            return False
+        stale: list[tuple[PackedLayer, int, PackedEntry]] = []
+        for mine, theirs in zip(self.layers, fresh, strict=True):
+            host = self._segments[mine.segment].host
+            for number, (old, new) in enumerate(zip(mine.entries, theirs.entries, strict=True)):
+                in_place = host is None or old.signature is not None or self._lives_in(new, host.buffer, mine.start)
+                if old.entry.host is not new.entry.host or not in_place:
+                    if host is not None and not self._lives_in(new, host.buffer, mine.start):
+                        new.signature = _STALE
+                    stale.append((mine, number, new))
+        again = [entry for _, _, entry in stale if entry.signature is _STALE]
+        if sum(spec.nbytes for entry in again for spec in entry.entry.specs) * 4 > self.packed_bytes or any(
+            self._overlaps(part) for entry in again for part in entry.inner
+        ):
+            return False
+        for layer, number, entry in stale:
+            layer.entries[number] = entry
+        for mine, theirs in zip(self.layers, fresh, strict=True):
+            mine.layer = theirs.layer
+        return True
+
+    def _overlaps(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in packed memory, where it would be overwritten while it is packed again."""
+        begin = tensor.data_ptr() if tensor.device.type == "cpu" else -1
+        return any(
+            segment.host is not None and 0 <= begin - segment.host.buffer.data_ptr() < segment.nbytes
             for segment in self._segments
-            for layer in segment.layers
-            for packed in layer.entries
         )
 
     @staticmethod

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .config import SwapConfig
-from .discover import Layer, Slotted, shared_tensors, take_apart, tensor_bytes
+from .discover import WHOLE, Layer, Scope, Slotted, shared_tensors, take_apart, tensor_bytes
 from .layout import CannotPack, flatten
 from .packing import Patches, patched
 from .units import MIB
@@ -17,12 +17,14 @@ from .units import MIB
 # Layers below 1 MiB and below 1/1024 of the weights are resident: copying them costs more in latency than they take.
 SMALL_LAYER = 1 * MIB
 SMALL_SHARE = 1024
+# Buffers up to this size are state that others may write to while the model runs, such as a step counter.
+STATE_BYTES = 512
 
 
-def sort_tensors(root: nn.Module, config: SwapConfig) -> tuple[list[Layer], list[Slotted]]:
-    """Layers to pack, and tensors that simply live on the device: small layers, what lies around other layers, tied
-    weights and, but for layerwise mode, everything outside the blocks."""
-    anatomy = take_apart(root, config.block_names)
+def sort_tensors(root: nn.Module, config: SwapConfig, scope: Scope = WHOLE) -> tuple[list[Layer], list[Slotted]]:
+    """Layers to pack, and tensors that simply live on the device: small layers and buffers, what lies around other
+    layers, tied weights and, but for layerwise mode, everything outside the blocks."""
+    anatomy = take_apart(root, config.block_names, scope)
     candidates = [*anatomy.inside]
     rest: list[Slotted] = []
     if config.mode == "layerwise":
@@ -33,13 +35,17 @@ def sort_tensors(root: nn.Module, config: SwapConfig) -> tuple[list[Layer], list
     small = min(SMALL_LAYER, sum(layer.nbytes for layer in candidates) // SMALL_SHARE)
     streamed: list[Layer] = []
     for layer in candidates:
-        single = [slotted for slotted in layer.tensors if id(slotted.tensor) not in shared]
-        rest += [slotted for slotted in layer.tensors if id(slotted.tensor) in shared]
+        single = [slotted for slotted in layer.tensors if not (id(slotted.tensor) in shared or _is_state(slotted))]
+        rest += [slotted for slotted in layer.tensors if id(slotted.tensor) in shared or _is_state(slotted)]
         if layer.around or sum(tensor_bytes(slotted.tensor) for slotted in single) < small:
             rest += single
         elif single:
             streamed.append(Layer(layer.path, layer.module, layer.block, single))
     return streamed, rest
+
+
+def _is_state(slotted: Slotted) -> bool:
+    return slotted.is_buffer and tensor_bytes(slotted.tensor) <= STATE_BYTES
 
 
 def _in_order(root: nn.Module, layers: list[Layer]) -> list[Layer]:

@@ -14,7 +14,7 @@ from torch import nn
 from . import limit
 from .adapt import Adapter
 from .config import SwapConfig
-from .discover import Slotted, tensor_bytes
+from .discover import WHOLE, Scope, Slotted, find_blocks, tensor_bytes
 from .gates import MARK, InstancePatches, gate, hide_from_compile, marked, stay
 from .link import open_link
 from .memory import MemorySnapshot, snapshot
@@ -44,17 +44,18 @@ def attach(
     patches: Patches = NO_PATCHES,
     packed: PackedModel | None = None,
     progress: Progress | None = None,
+    scope: Scope = WHOLE,
 ) -> Swap:
     """Stream ``root``'s blocks to ``device`` from now on, each time ``root`` is called, until ``detach``.
 
     ``patches`` are applied to weights when they are packed. ``packed`` is what an earlier ``Swap.detach`` of the same
     model left: only what its patches changed is packed again. ``progress(done, total)`` is told bytes while packing and
-    may raise to break off.
+    may raise to break off. ``scope`` says which part of the model is the engine's.
 
     Raises NoBlocks, ValueError (parameters on the meta device), LimitTooSmall (with the smallest limit that would do),
     or what allocation raises; the model is then as it was.
     """
-    swap = Swap(root, config or SwapConfig(), resolve(device))
+    swap = Swap(root, config or SwapConfig(), resolve(device), scope)
     try:
         swap._attach(patches, packed, progress)
     except BaseException:
@@ -66,10 +67,11 @@ def attach(
 class Swap:
     """Block swap attached to one model. Made by ``attach``."""
 
-    def __init__(self, root: nn.Module, config: SwapConfig, device: torch.device) -> None:
+    def __init__(self, root: nn.Module, config: SwapConfig, device: torch.device, scope: Scope = WHOLE) -> None:
         self.root = root
         self.config = config
         self.device = device
+        self.scope = scope
         self.link = open_link(device)
         self.telemetry = Telemetry(self.link)
         self.streamer = Streamer(self.link, self.telemetry)
@@ -98,16 +100,21 @@ class Swap:
     def attached(self) -> bool:
         return self.plan is not None
 
+    @property
+    def computing(self) -> bool:
+        """Whether a forward of the model is under way."""
+        return self._depth > 0
+
     def _attach(self, patches: Patches, packed: PackedModel | None, progress: Progress | None) -> None:
         started = time.perf_counter()
         if any(hasattr(module.__dict__.get("forward"), MARK) for module in self.root.modules()):
             raise RuntimeError(
                 f"block swap is attached to {type(self.root).__name__}, or to a part of it, already; detach it first"
             )
-        streamed, rest = sort_tensors(self.root, self.config)
+        streamed, rest = sort_tensors(self.root, self.config, self.scope)
         now = limit.now_free(self.device)
         self.limit = self.config.max_vram or limit.automatic_limit(now)
-        if packed is not None and not packed.is_whole(streamed):
+        if packed is not None and not packed.renew(streamed):
             packed.close()
             packed = None
         if packed is None:
@@ -210,9 +217,11 @@ class Swap:
             module = packed.layer.module
             forward = gate(module.forward, _call(enter, index), _call(leave, index))
             self._instance.set(module, "forward", forward)
-        for module in self.root.modules():
-            if module._parameters or module._buffers:
-                self._instance.set(module, "_apply", stay(module))
+        blocks = [block for _, block in find_blocks(self.root, self.config.block_names)]
+        for part in [self.root] if self.scope.outside else blocks:
+            for module in part.modules():
+                if module._parameters or module._buffers:
+                    self._instance.set(module, "_apply", stay(module))
         self._instance.set(self.root, "forward", self._root_gate(self.root.forward))
 
     def detach(self) -> PackedModel | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import statistics
 import weakref
 from collections import namedtuple
 from collections.abc import Hashable
@@ -31,8 +30,9 @@ from ..discover import find_blocks
 from ..memory import snapshot
 from ..packing import Patches
 from ..swap import Swap, attach
-from ..units import GIB, format_bytes
+from ..units import GIB
 from .comfy_state import HostProgress, PatchIdentity, State
+from .report import report
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ class StreamedPatcher:
         """The host calls this when sampling is over: say what happened."""
         super().cleanup()
         if self.swap is not None:
-            self._report()
+            self._state.reported = report(self.swap, self._state.reported)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -353,23 +353,3 @@ class StreamedPatcher:
             swap.repack(self._patches())
             self.current_hooks = None
         return None
-
-    def _report(self) -> None:
-        swap, state = self.swap, self._state
-        records = [record for record in swap.telemetry.records(wait=True) if record.index >= state.reported]
-        if not records:
-            return
-        state.reported = records[-1].index + 1
-        seconds = statistics.median(record.seconds for record in records)
-        stall = statistics.median(record.stall for record in records)
-        streamed = statistics.median(record.streamed_bytes for record in records)
-        peak = max(record.peak_bytes for record in records)
-        log.info(
-            "block swap: %d forwards, median %.0f ms, of which %.0f ms waited for copies; %s streamed in each%s; %s",
-            len(records),
-            seconds * 1000,
-            stall * 1000,
-            format_bytes(streamed),
-            f", peak {format_bytes(peak)} of {format_bytes(swap.limit)}" if peak else "",
-            swap.plan.describe(),
-        )

@@ -1,0 +1,32 @@
+"""One line in the host's log about a run, in plain words."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+
+from ..swap import Swap
+from ..units import format_bytes
+
+log = logging.getLogger(__name__)
+
+
+def report(swap: Swap, since: int) -> int:
+    """Log what the forwards of ``swap`` from number ``since`` on were like. Returns the number of the next one."""
+    records = [record for record in swap.telemetry.records(wait=True) if record.index >= since]
+    if not records:
+        return since
+    seconds = statistics.median(record.seconds for record in records)
+    stall = statistics.median(record.stall for record in records)
+    streamed = statistics.median(record.streamed_bytes for record in records)
+    peak = max(record.peak_bytes for record in records)
+    log.info(
+        "block swap: %d forwards, median %.0f ms, of which %.0f ms waited for copies; %s streamed in each%s; %s",
+        len(records),
+        seconds * 1000,
+        stall * 1000,
+        format_bytes(streamed),
+        f", peak {format_bytes(peak)} of {format_bytes(swap.limit)}" if peak else "",
+        swap.plan.describe(),
+    )
+    return records[-1].index + 1

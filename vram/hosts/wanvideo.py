@@ -1,0 +1,380 @@
+"""Block swap for the models of ComfyUI-WanVideoWrapper: the same engine under its sampler.
+
+At each run the wrapper loads weights into its transformer, moves parts of it, calls it once or more a step, and offloads
+it. Four methods of the transformer instance, and nothing else of the wrapper, are ours while a run with our arguments
+lasts: ``named_parameters``, through which it loads and offloads, passes packed weights by; ``_apply`` (``.to()``) leaves
+blocks alone; ``block_swap`` does nothing; ``forward`` attaches the engine when it is called first. What lies outside the
+blocks stays the wrapper's. A run without our arguments finds the transformer as the wrapper made it.
+
+Works with WanVideoWrapper 1.4; what is looked for is in ``examine``.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy.patcher_extension import CallbacksMP
+from torch import nn
+
+from ..contiguity import Guard
+from ..discover import Scope
+from ..gates import InstancePatches, hide_from_compile
+from ..packing import PackedModel
+from ..swap import Swap, attach
+from .comfy import reason_to_pass
+from .comfy_state import HostProgress
+from .report import report
+from .wan_arguments import KEY, Flag, Run, Settings, arguments, put_into, when_cloned
+
+__all__ = ["Managed", "arguments", "examine", "manage", "watch", "wrap"]
+
+log = logging.getLogger(__name__)
+
+MODEL_MODULE = ".wanvideo.modules.model"
+BLOCKS, VACE_BLOCKS = "blocks", "vace_blocks"
+SCOPE = Scope(
+    outside=False,
+    # an index into a list, which on the device would cost a synchronisation
+    leave=frozenset({"block_id"}),
+    # called by the model's loop beside the block itself
+    called_alone=frozenset(
+        {"before_proj", "after_proj", "fuser_block", "control_blocks_dense", "control_blocks_sparse"}
+        | {"control_combine_linears"}
+    ),
+)
+ATTRIBUTES = ("blocks_to_swap", "vace_blocks_to_swap", "prefetch_blocks", "patched_linear", "offload_txt_emb")
+DEVICES = ("main_device", "offload_device")
+METHODS = ("forward", "block_swap")
+INHERITED = ("named_parameters", "_apply")
+
+
+def examine(transformer: Any) -> str | None:
+    """Why ``transformer`` cannot be managed: what was looked for and what was found. None when it can."""
+    kind = type(transformer)
+    if not isinstance(transformer, nn.Module):
+        return f"looked for a transformer, found {kind.__name__}"
+    missing = [name for name in ATTRIBUTES + DEVICES if not hasattr(transformer, name)]
+    missing += [f"{name}()" for name in METHODS if not callable(getattr(kind, name, None))]
+    missing += [f"nn.Module's own {name}()" for name in INHERITED if getattr(kind, name) is not _inherited(kind, name)]
+    if not isinstance(getattr(transformer, BLOCKS, None), nn.ModuleList):
+        missing.append(f"a module list {BLOCKS}")
+    if missing:
+        return (
+            f"looked for {', '.join(missing)} in {kind.__module__}.{kind.__name__}, as WanVideoWrapper 1.4 has it, and "
+            f"did not find {'it' if len(missing) == 1 else 'them'}; {_version_found(kind)}"
+        )
+    return None
+
+
+def _inherited(kind: type, name: str) -> Callable:
+    watcher = _watchers.get(kind)
+    return watcher.function if watcher is not None and name == "named_parameters" else getattr(nn.Module, name)
+
+
+def _version_found(kind: type) -> str:
+    """The version of the node pack that ``kind`` is of, by its pyproject.toml."""
+    package = sys.modules.get(kind.__module__.removesuffix(MODEL_MODULE))
+    for folder in getattr(package, "__path__", ()):
+        project = Path(folder) / "pyproject.toml"
+        version = re.search(r'^version = "(.+?)"', project.read_text("utf-8"), re.M) if project.is_file() else None
+        if version is not None:
+            return f"it is version {version[1]} of {Path(folder).name}"
+    return "its version is not known"
+
+
+def _reason_to_refuse(transformer: nn.Module) -> str | None:
+    """Why the engine leaves a run of a transformer that it could manage to the wrapper."""
+    reason = reason_to_pass(torch.device(transformer.main_device))
+    if reason is not None:
+        return reason
+    if getattr(transformer, "expanded_patch_embedding", None) is not getattr(
+        transformer, "original_patch_embedding", None
+    ):
+        return "the model has a control LoRA, which WanVideoWrapper patches and takes off again while it samples"
+    if any(hasattr(module, "onload") for module in transformer.modules()):
+        return "the model was loaded with WanVideoVRAMManagement, which moves each layer itself"
+    return None
+
+
+class Managed:
+    """Our hooks on one transformer. ``swap`` is the engine while it is attached. Made by ``manage``."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+        self.swap: Swap | None = None
+        self.guard: Guard | None = None
+        self._packed: PackedModel | None = None
+        self._run: weakref.ref[Run] | None = None
+        self._reported = self._told = 0
+        self._busy = False
+        self._entry = InstancePatches()
+        self._active = InstancePatches()
+        self._entry.set(transformer, KEY, self)
+        self._entry.set(transformer, "named_parameters", self._named_parameters)
+
+    def release(self) -> None:
+        """Take everything off the transformer. Its weights are ordinary tensors then, those of blocks in host memory."""
+        self._stand_down()
+        self._entry.restore()
+
+    # -- whose run it is -------------------------------------------------------------------------------------------
+
+    def _settings(self) -> Settings | None:
+        """Those of the run that is under way, if it is one of ours."""
+        flag = self.transformer.__dict__.get("offload_txt_emb")
+        if isinstance(flag, Flag):
+            self._begin(flag)
+        run = self._run() if self._run is not None else None
+        return run.settings if run is not None else None
+
+    def _begin(self, flag: Flag) -> None:
+        """A run of ours begins, or goes on: from here on the transformer holds a plain value."""
+        self.transformer.offload_txt_emb = bool(flag)
+        if self._run is not None and self._run() is flag.run():
+            return
+        self._run = flag.run
+        self._settle()
+        self._drop_guard()
+        reason = _reason_to_refuse(self.transformer)
+        if reason is not None:
+            self._stand_down()
+            log.info("block swap: %s. WanVideoWrapper moves the blocks, and the guard keeps them contiguous", reason)
+            self._run = flag.run
+            self.guard = Guard()
+            for _, block in self._blocks():
+                self.guard.add(block)
+
+    def _stand_by(self) -> None:
+        """The hooks of a run of ours."""
+        if not self._active:
+            for name in ("forward", "_apply", "block_swap"):
+                self._active.set(self.transformer, name, getattr(self, f"_make_{name.strip('_')}")())
+
+    def _stand_down(self) -> None:
+        """A run that is not ours begins: the transformer is the wrapper's alone."""
+        self._settle()
+        self._drop_guard()
+        self._active.restore()
+        self._packed = self._run = None
+
+    def _drop_guard(self) -> None:
+        if self.guard is not None:
+            if self.guard.mended:
+                log.info("block swap: %d misaligned or strided weights were made contiguous", self.guard.mended)
+            self.guard.remove()
+            self.guard = None
+
+    def _settle(self) -> None:
+        """Take the engine off; what it packed stays."""
+        if self.swap is not None:
+            self._reported = report(self.swap, self._reported)
+            self._packed = self.swap.detach()
+            self.swap = None
+
+    # -- the hooks ---------------------------------------------------------------------------------------------------
+
+    def _named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The wrapper is about to load, move or offload parameters: all but those that are packed."""
+        if not self._busy and not (self.swap is not None and self.swap.computing):
+            if self._settings() is None:
+                self._stand_down()
+            elif self.guard is None:
+                self._settle()
+                self._stand_by()
+        packed = self._packed or (self.swap.packed if self.swap is not None else None)
+        hidden = {id(p.entry.host) for layer in packed.layers for p in layer.entries} if packed is not None else ()
+        parameters = nn.Module.named_parameters(self.transformer, *args, **kwargs)
+        return ((name, parameter) for name, parameter in parameters if id(parameter) not in hidden)
+
+    def _make_apply(self) -> Callable:
+        def _apply(fn: Callable, recurse: bool = True) -> nn.Module:
+            transformer = self.transformer
+            if self._busy or (self._settings() is None and not self._only_offloads(fn)):
+                if not self._busy:
+                    self._stand_down()
+                return nn.Module._apply(transformer, fn, recurse)
+            if self.swap is not None and self.swap.computing:
+                return transformer
+            self._settle()
+            nn.Module._apply(transformer, fn, recurse=False)
+            for name, child in transformer.named_children() if recurse else ():
+                if name not in (BLOCKS, VACE_BLOCKS):
+                    child._apply(fn)
+            return transformer
+
+        return _apply
+
+    @staticmethod
+    def _only_offloads(fn: Callable) -> bool:
+        """Whether a function that is to be applied to all tensors moves them to host memory and does no more."""
+        moved = fn(torch.empty(0, dtype=torch.bfloat16))
+        return moved.device.type == "cpu" and moved.dtype is torch.bfloat16
+
+    def _make_block_swap(self) -> Callable:
+        original = self.transformer.block_swap
+
+        def block_swap(blocks_to_swap: int, *args: Any, **kwargs: Any) -> None:
+            if self._settings() is None:
+                self._stand_down()
+                original(blocks_to_swap, *args, **kwargs)
+
+        return block_swap
+
+    def _make_forward(self) -> Callable:
+        transformer, original = self.transformer, self.transformer.forward
+        prepare, finish = (hide_from_compile(lambda step=step: step()) for step in (self._prepare, self._tell))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if prepare():
+                return transformer.forward(*args, **kwargs)  # the engine's, which comes back here
+            result = original(*args, **kwargs)
+            finish()
+            return result
+
+        return hide_from_compile(forward, recursive=False)
+
+    def _prepare(self) -> bool:
+        """Before a forward: attach the engine if it is to be. True when it was attached just now."""
+        if self.swap is not None:
+            return False
+        settings = self._settings()
+        if settings is None:
+            self._stand_down()
+            return False
+        transformer = self.transformer
+        transformer.blocks_to_swap = transformer.vace_blocks_to_swap = transformer.prefetch_blocks = 0
+        transformer.block_swap_debug = transformer.use_non_blocking = False
+        self._busy = True
+        try:
+            self.swap = attach(
+                transformer,
+                self._config(settings),
+                transformer.main_device,
+                packed=self._packed,
+                progress=HostProgress(),
+                scope=SCOPE,
+            )
+        finally:
+            self._busy = False
+        self._packed, self._reported, self._told = None, 0, 0
+        return True
+
+    def _config(self, settings: Settings) -> Any:
+        names = tuple(f".{name}" for name in (BLOCKS, VACE_BLOCKS) if isinstance(self._list(name), nn.ModuleList))
+        config = replace(settings.config, block_names=names)
+        asked = {BLOCKS: settings.blocks_to_swap, VACE_BLOCKS: settings.vace_blocks_to_swap}
+        if not any(asked.values()):
+            return config
+        count = 0
+        for name, wanted in asked.items():
+            there = len(self._list(name) or ())
+            if wanted > there:
+                log.info("block swap: %d %s are to be streamed, but the model has %d", wanted, name, there)
+            count += min(wanted, there)
+        return replace(config, streamed_blocks=count)
+
+    def _list(self, name: str) -> nn.ModuleList | None:
+        return getattr(self.transformer, name, None)
+
+    def _blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        for name in (BLOCKS, VACE_BLOCKS):
+            yield from ((f"{name}.{index}", block) for index, block in enumerate(self._list(name) or ()))
+
+    def _tell(self) -> None:
+        """After a forward, for a user who wants to see each."""
+        run = self._run() if self._run is not None else None
+        if run is None or not run.settings.debug or self.swap is None:
+            return
+        record = self.swap.telemetry.last()
+        if record is not None and record.index >= self._told:
+            self._told = record.index + 1
+            log.info("block swap: %s", record.describe())
+
+
+def manage(transformer: nn.Module) -> Managed:
+    """Put our hooks on ``transformer``, once. Raises TypeError, in the words of ``examine``, for what is not a
+    transformer of WanVideoWrapper 1.4."""
+    managed = transformer.__dict__.get(KEY)
+    if managed is None:
+        reason = examine(transformer)
+        if reason is not None:
+            raise TypeError(reason)
+        managed = Managed(transformer)
+    return managed
+
+
+def wrap(model: Any, args: dict[str, Any]) -> Any:
+    """A copy of the WANVIDEOMODEL ``model`` that samples with ``args`` (see ``arguments``); ``model`` itself, with a line
+    in the log that says why, where there is nothing to stream to or it is not what it was looked for."""
+    transformer = getattr(getattr(model, "model", None), "diffusion_model", None)
+    reason = examine(transformer) or reason_to_pass(torch.device(transformer.main_device))
+    if reason is not None:
+        log.warning("block swap: the WANVIDEOMODEL is passed through unchanged: %s", reason)
+        return model
+    manage(transformer)
+    clone = model.clone()
+    put_into(clone, args)
+    clone.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, when_cloned)
+    return clone
+
+
+# -- arguments that meet their transformer only in the sampler --------------------------------------------------------
+
+
+class _Watcher:
+    """``named_parameters`` of a class of transformers, which the sampler calls first, as long as there are arguments."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.tokens = 0
+
+        def named_parameters(transformer: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+            if isinstance(transformer.__dict__.get("offload_txt_emb"), Flag):
+                reason = examine(transformer)
+                if reason is None:
+                    return manage(transformer).transformer.named_parameters(*args, **kwargs)
+                log.warning("block swap: WanVideoWrapper moves the blocks itself: %s", reason)
+            return nn.Module.named_parameters(transformer, *args, **kwargs)
+
+        self.function = named_parameters
+        kind.named_parameters = named_parameters
+
+    def let_go(self) -> None:
+        self.tokens -= 1
+        if self.tokens == 0:
+            del _watchers[self.kind], self.kind.named_parameters
+
+
+_watchers: dict[type, _Watcher] = {}
+
+
+def transformer_classes() -> list[type]:
+    """The transformer classes of each WanVideoWrapper that is loaded in this process."""
+    modules = [module for name, module in list(sys.modules.items()) if name.endswith(MODEL_MODULE)]
+    return [module.WanModel for module in modules if isinstance(getattr(module, "WanModel", None), type)]
+
+
+def watch(args: dict[str, Any]) -> str | None:
+    """Let transformers that the wrapper gives ``args`` to be managed when their first run begins, for as long as ``args``
+    or a copy of them lives. Returns what was looked for and not found, None when all is well."""
+    kinds = transformer_classes()
+    if not kinds:
+        return "looked for wanvideo.modules.model.WanModel of ComfyUI-WanVideoWrapper, and it is not loaded"
+    changed = [kind for kind in kinds if kind not in _watchers and "named_parameters" in kind.__dict__]
+    for kind in kinds:
+        if kind not in changed:
+            watcher = _watchers.get(kind) or _Watcher(kind)
+            _watchers[kind] = watcher
+            watcher.tokens += 1
+            weakref.finalize(args[KEY].settings.token, watcher.let_go)
+    if changed:
+        return f"looked for nn.Module's named_parameters() in {changed[0].__module__}.WanModel, which has its own"
+    return None
