@@ -87,10 +87,14 @@ class Guard:
 
         def _apply(fn: Callable, recurse: bool = True) -> nn.Module:
             result = original(fn, recurse)
-            self.mended += mend(block, self.device_types)
+            self.look(block)
             return result
 
         self._instance.set(block, "_apply", _apply)
+
+    def look(self, block: nn.Module) -> None:
+        """Mend a block now, whoever moved it."""
+        self.mended += mend(block, self.device_types)
 
     def remove(self) -> None:
         """Take the guard off all blocks; their instances are as they were."""

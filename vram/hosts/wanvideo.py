@@ -33,6 +33,7 @@ from .comfy import reason_to_pass
 from .comfy_state import HostProgress
 from .report import report
 from .wan_arguments import KEY, Flag, Run, Settings, arguments, put_into, when_cloned
+from .wan_gguf import READERS, Readers
 
 __all__ = ["Managed", "arguments", "examine", "manage", "watch", "wrap"]
 
@@ -113,8 +114,10 @@ class Managed:
         self.guard: Guard | None = None
         self._packed: PackedModel | None = None
         self._run: weakref.ref[Run] | None = None
-        self._reported = self._told = 0
+        self._told = 0
+        self._debug = False
         self._busy = False
+        self._pipelines: list[tuple[dict, list]] = []
         self._entry = InstancePatches()
         self._active = InstancePatches()
         self._entry.set(transformer, KEY, self)
@@ -124,6 +127,22 @@ class Managed:
         """Take everything off the transformer. Its weights are ordinary tensors then, those of blocks in host memory."""
         self._stand_down()
         self._entry.restore()
+        for pipeline, readers in self._pipelines:
+            pipeline[READERS] = readers
+        self._pipelines.clear()
+
+    def take_readers(self, pipeline: Any) -> None:
+        """Spare the wrapper from reading a GGUF file again whose weights are packed. ``pipeline`` is where the model keeps
+        what its sampler needs."""
+        readers = pipeline.get(READERS) if isinstance(pipeline, dict) else None
+        if isinstance(readers, list) and not isinstance(readers, Readers):
+            pipeline[READERS] = Readers(readers, self._packed_names)
+            self._pipelines.append((pipeline, readers))
+
+    def _packed_names(self) -> set[str]:
+        if self._packed is None or self._settings() is None:
+            return set()
+        return {p.entry.path.replace("_orig_mod.", "") for layer in self._packed.layers for p in layer.entries}
 
     # -- whose run it is -------------------------------------------------------------------------------------------
 
@@ -149,8 +168,9 @@ class Managed:
             log.info("block swap: %s. WanVideoWrapper moves the blocks, and the guard keeps them contiguous", reason)
             self._run = flag.run
             self.guard = Guard()
-            for _, block in self._blocks():
+            for block in self._blocks():
                 self.guard.add(block)
+            self._active.set(self.transformer, "forward", self._make_guarded_forward())
 
     def _stand_by(self) -> None:
         """The hooks of a run of ours."""
@@ -170,12 +190,14 @@ class Managed:
             if self.guard.mended:
                 log.info("block swap: %d misaligned or strided weights were made contiguous", self.guard.mended)
             self.guard.remove()
+            self._active.restore()
             self.guard = None
 
     def _settle(self) -> None:
         """Take the engine off; what it packed stays."""
         if self.swap is not None:
-            self._reported = report(self.swap, self._reported)
+            self._tell(wait=True)
+            report(self.swap, 0)
             self._packed = self.swap.detach()
             self.swap = None
 
@@ -230,20 +252,35 @@ class Managed:
 
     def _make_forward(self) -> Callable:
         transformer, original = self.transformer, self.transformer.forward
-        prepare, finish = (hide_from_compile(lambda step=step: step()) for step in (self._prepare, self._tell))
+        prepare = hide_from_compile(lambda: self._prepare())
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if prepare():
                 return transformer.forward(*args, **kwargs)  # the engine's, which comes back here
-            result = original(*args, **kwargs)
-            finish()
-            return result
+            return original(*args, **kwargs)
+
+        return hide_from_compile(forward, recursive=False)
+
+    def _make_guarded_forward(self) -> Callable:
+        """For weights that are put on the device by other ways than ``.to()`` of a block, while loading."""
+        original = self.transformer.forward
+
+        def look() -> None:
+            for block in self._blocks():
+                self.guard.look(block)
+
+        look = hide_from_compile(look)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            look()
+            return original(*args, **kwargs)
 
         return hide_from_compile(forward, recursive=False)
 
     def _prepare(self) -> bool:
         """Before a forward: attach the engine if it is to be. True when it was attached just now."""
         if self.swap is not None:
+            self._tell()
             return False
         settings = self._settings()
         if settings is None:
@@ -264,7 +301,7 @@ class Managed:
             )
         finally:
             self._busy = False
-        self._packed, self._reported, self._told = None, 0, 0
+        self._packed, self._told, self._debug = None, 0, settings.debug
         return True
 
     def _config(self, settings: Settings) -> Any:
@@ -284,19 +321,18 @@ class Managed:
     def _list(self, name: str) -> nn.ModuleList | None:
         return getattr(self.transformer, name, None)
 
-    def _blocks(self) -> Iterator[tuple[str, nn.Module]]:
+    def _blocks(self) -> Iterator[nn.Module]:
         for name in (BLOCKS, VACE_BLOCKS):
-            yield from ((f"{name}.{index}", block) for index, block in enumerate(self._list(name) or ()))
+            yield from self._list(name) or ()
 
-    def _tell(self) -> None:
-        """After a forward, for a user who wants to see each."""
-        run = self._run() if self._run is not None else None
-        if run is None or not run.settings.debug or self.swap is None:
+    def _tell(self, wait: bool = False) -> None:
+        """A line for each forward that is done, for a user who wants them."""
+        if self.swap is None or not self._debug:
             return
-        record = self.swap.telemetry.last()
-        if record is not None and record.index >= self._told:
-            self._told = record.index + 1
-            log.info("block swap: %s", record.describe())
+        for record in self.swap.telemetry.records(wait):
+            if record.index >= self._told:
+                self._told = record.index + 1
+                log.info("block swap: %s", record.describe())
 
 
 def manage(transformer: nn.Module) -> Managed:
@@ -319,7 +355,7 @@ def wrap(model: Any, args: dict[str, Any]) -> Any:
     if reason is not None:
         log.warning("block swap: the WANVIDEOMODEL is passed through unchanged: %s", reason)
         return model
-    manage(transformer)
+    manage(transformer).take_readers(getattr(model.model, "pipeline", None))
     clone = model.clone()
     put_into(clone, args)
     clone.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, when_cloned)
