@@ -18,6 +18,7 @@ from .gates import InstancePatches
 from .layout import is_dense, plain_tensors
 
 ALIGNMENT = 16
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 ONE_BYTE = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -30,13 +31,19 @@ class Finding:
 
 
 def strides_are_deliberate(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's strides are those of a quantized operand on purpose: one-byte elements, two dimensions,
-    column-major and dense, as cuBLASLt wants the second FP8 operand (see torch._scaled_mm)."""
-    return tensor.dtype in ONE_BYTE and tensor.dim() == 2 and tensor.stride(0) == 1 and is_dense(tensor)
+    """Whether a tensor's strides are so on purpose: a quantized operand of one-byte elements that is column-major and
+    dense, as cuBLASLt wants the second FP8 operand (see torch._scaled_mm), or the weight of a convolution in
+    channels_last."""
+    if tensor.dim() == 2:
+        return tensor.dtype in ONE_BYTE and tensor.stride(0) == 1 and is_dense(tensor)
+    format_of = CHANNELS_LAST.get(tensor.dim())
+    return format_of is not None and tensor.is_contiguous(memory_format=format_of)
 
 
 def problem_of(tensor: torch.Tensor) -> str | None:
-    """What is wrong with a plain tensor, in words; None when kernels can take it."""
+    """What is wrong with a plain tensor, in words; None when kernels can take it, or when it is sparse."""
+    if tensor.layout is not torch.strided:
+        return None
     if not tensor.is_contiguous() and not strides_are_deliberate(tensor):
         return f"strides {tuple(tensor.stride())} of shape {tuple(tensor.shape)} are not contiguous"
     if tensor.data_ptr() % ALIGNMENT:
@@ -46,9 +53,8 @@ def problem_of(tensor: torch.Tensor) -> str | None:
 
 def mended(tensor: torch.Tensor) -> torch.Tensor:
     """A copy with memory of its own: aligned, and row-major unless its strides are deliberate."""
-    if strides_are_deliberate(tensor):
-        return tensor.t().clone(memory_format=torch.contiguous_format).t()
-    return tensor.clone(memory_format=torch.contiguous_format)
+    deliberate = strides_are_deliberate(tensor)
+    return tensor.clone(memory_format=torch.preserve_format if deliberate else torch.contiguous_format)
 
 
 def find(module: nn.Module) -> list[Finding]:

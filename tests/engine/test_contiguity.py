@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from intelligent_vram.vram.contiguity import Guard, find, mend, problem_of, strides_are_deliberate
+from intelligent_vram.vram.contiguity import ALIGNMENT, Guard, find, mend, problem_of, strides_are_deliberate
 from torch import nn
 
 
@@ -89,3 +89,23 @@ def test_a_finding_names_the_weight_and_says_what_is_wrong():
     (finding,) = find(block_with(torch.randn(8, 8).t()))
     assert finding.path == "0.weight"
     assert "strides (1, 8)" in finding.problem
+
+
+def test_channels_last_and_sparse_weights_are_left_as_they_are():
+    convolution = nn.Conv3d(4, 8, 3).to(memory_format=torch.channels_last_3d)
+    sparse = nn.Module()
+    sparse.register_buffer("matrix", torch.eye(8).to_sparse())
+    model = nn.Sequential(nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last), convolution, sparse)
+    strides = [weight.stride() for weight in model.parameters()]
+    assert find(model) == []
+    assert mend(model, ("cpu",)) == 0
+    assert [weight.stride() for weight in model.parameters()] == strides
+    misaligned = torch.empty(convolution.weight.numel() + 1)[1:].as_strided(
+        convolution.weight.shape, convolution.weight.stride()
+    )
+    convolution.weight.data = misaligned.copy_(convolution.weight.data)
+    before = convolution.weight.detach().clone()
+    assert mend(model, ("cpu",)) == 1
+    assert convolution.weight.stride() == before.stride()
+    assert convolution.weight.data_ptr() % ALIGNMENT == 0
+    assert torch.equal(convolution.weight, before)

@@ -33,7 +33,7 @@ from .comfy import reason_to_pass
 from .comfy_state import HostProgress
 from .report import report
 from .wan_arguments import KEY, Flag, Run, Settings, arguments, put_into, when_cloned
-from .wan_gguf import READERS, Readers
+from .wan_gguf import READERS, Readers, forget_weights
 
 __all__ = ["Managed", "arguments", "examine", "manage", "watch", "wrap"]
 
@@ -124,7 +124,8 @@ class Managed:
         self._entry.set(transformer, "named_parameters", self._named_parameters)
 
     def release(self) -> None:
-        """Take everything off the transformer. Its weights are ordinary tensors then, those of blocks in host memory."""
+        """Take everything off the transformer. Its weights are ordinary tensors then, those of blocks in host memory; of a
+        GGUF model they are gone, until the sampler reads them."""
         self._stand_down()
         self._entry.restore()
         for pipeline, readers in self._pipelines:
@@ -183,6 +184,8 @@ class Managed:
         self._settle()
         self._drop_guard()
         self._active.restore()
+        if self._packed is not None:
+            forget_weights(self._packed)
         self._packed = self._run = None
 
     def _drop_guard(self) -> None:
@@ -283,8 +286,8 @@ class Managed:
             self._tell()
             return False
         settings = self._settings()
-        if settings is None:
-            self._stand_down()
+        if settings is None:  # called by others than a sampler
+            self._active.restore()
             return False
         transformer = self.transformer
         transformer.blocks_to_swap = transformer.vace_blocks_to_swap = transformer.prefetch_blocks = 0
