@@ -6,18 +6,15 @@ lasts: ``named_parameters``, through which it loads and offloads, passes packed 
 blocks alone; ``block_swap`` does nothing; ``forward`` attaches the engine when it is called first. What lies outside the
 blocks stays the wrapper's. A run without our arguments finds the transformer as the wrapper made it.
 
-Works with WanVideoWrapper 1.4; what is looked for is in ``examine``.
+Works with WanVideoWrapper 1.4; what is looked for is in wan_classes.py.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +22,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 from ..contiguity import Guard
-from ..discover import Scope
+from ..discover import Scope, is_compiled
 from ..gates import InstancePatches, hide_from_compile
 from ..packing import PackedModel
 from ..swap import Swap, attach
@@ -33,14 +30,13 @@ from .comfy import reason_to_pass
 from .comfy_state import HostProgress
 from .report import report
 from .wan_arguments import KEY, Flag, Run, Settings, arguments, put_into, when_cloned
+from .wan_classes import BLOCKS, VACE_BLOCKS, examine, watch_classes
 from .wan_gguf import READERS, Readers, forget_weights
 
 __all__ = ["Managed", "arguments", "examine", "manage", "watch", "wrap"]
 
 log = logging.getLogger(__name__)
 
-MODEL_MODULE = ".wanvideo.modules.model"
-BLOCKS, VACE_BLOCKS = "blocks", "vace_blocks"
 SCOPE = Scope(
     outside=False,
     # an index into a list, which on the device would cost a synchronisation
@@ -51,44 +47,6 @@ SCOPE = Scope(
         | {"control_combine_linears"}
     ),
 )
-ATTRIBUTES = ("blocks_to_swap", "vace_blocks_to_swap", "prefetch_blocks", "patched_linear", "offload_txt_emb")
-DEVICES = ("main_device", "offload_device")
-METHODS = ("forward", "block_swap")
-INHERITED = ("named_parameters", "_apply")
-
-
-def examine(transformer: Any) -> str | None:
-    """Why ``transformer`` cannot be managed: what was looked for and what was found. None when it can."""
-    kind = type(transformer)
-    if not isinstance(transformer, nn.Module):
-        return f"looked for a transformer, found {kind.__name__}"
-    missing = [name for name in ATTRIBUTES + DEVICES if not hasattr(transformer, name)]
-    missing += [f"{name}()" for name in METHODS if not callable(getattr(kind, name, None))]
-    missing += [f"nn.Module's own {name}()" for name in INHERITED if getattr(kind, name) is not _inherited(kind, name)]
-    if not isinstance(getattr(transformer, BLOCKS, None), nn.ModuleList):
-        missing.append(f"a module list {BLOCKS}")
-    if missing:
-        return (
-            f"looked for {', '.join(missing)} in {kind.__module__}.{kind.__name__}, as WanVideoWrapper 1.4 has it, and "
-            f"did not find {'it' if len(missing) == 1 else 'them'}; {_version_found(kind)}"
-        )
-    return None
-
-
-def _inherited(kind: type, name: str) -> Callable:
-    watcher = _watchers.get(kind)
-    return watcher.function if watcher is not None and name == "named_parameters" else getattr(nn.Module, name)
-
-
-def _version_found(kind: type) -> str:
-    """The version of the node pack that ``kind`` is of, by its pyproject.toml."""
-    package = sys.modules.get(kind.__module__.removesuffix(MODEL_MODULE))
-    for folder in getattr(package, "__path__", ()):
-        project = Path(folder) / "pyproject.toml"
-        version = re.search(r'^version = "(.+?)"', project.read_text("utf-8"), re.M) if project.is_file() else None
-        if version is not None:
-            return f"it is version {version[1]} of {Path(folder).name}"
-    return "its version is not known"
 
 
 def _reason_to_refuse(transformer: nn.Module) -> str | None:
@@ -300,12 +258,17 @@ class Managed:
                 transformer.main_device,
                 packed=self._packed,
                 progress=HostProgress(),
-                scope=SCOPE,
+                scope=self._scope(),
             )
         finally:
             self._busy = False
         self._packed, self._told, self._debug = None, 0, settings.debug
         return True
+
+    def _scope(self) -> Scope:
+        """Compiled blocks see the index on the device, as without block swap: another graph would round differently."""
+        compiled = any(is_compiled(block) for block in self._blocks())
+        return replace(SCOPE, leave=frozenset()) if compiled else SCOPE
 
     def _config(self, settings: Settings) -> Any:
         names = tuple(f".{name}" for name in (BLOCKS, VACE_BLOCKS) if isinstance(self._list(name), nn.ModuleList))
@@ -365,55 +328,17 @@ def wrap(model: Any, args: dict[str, Any]) -> Any:
     return clone
 
 
-# -- arguments that meet their transformer only in the sampler --------------------------------------------------------
-
-
-class _Watcher:
-    """``named_parameters`` of a class of transformers, which the sampler calls first, as long as there are arguments."""
-
-    def __init__(self, kind: type) -> None:
-        self.kind = kind
-        self.tokens = 0
-
-        def named_parameters(transformer: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-            if isinstance(transformer.__dict__.get("offload_txt_emb"), Flag):
-                reason = examine(transformer)
-                if reason is None:
-                    return manage(transformer).transformer.named_parameters(*args, **kwargs)
-                log.warning("block swap: WanVideoWrapper moves the blocks itself: %s", reason)
-            return nn.Module.named_parameters(transformer, *args, **kwargs)
-
-        self.function = named_parameters
-        kind.named_parameters = named_parameters
-
-    def let_go(self) -> None:
-        self.tokens -= 1
-        if self.tokens == 0:
-            del _watchers[self.kind], self.kind.named_parameters
-
-
-_watchers: dict[type, _Watcher] = {}
-
-
-def transformer_classes() -> list[type]:
-    """The transformer classes of each WanVideoWrapper that is loaded in this process."""
-    modules = [module for name, module in list(sys.modules.items()) if name.endswith(MODEL_MODULE)]
-    return [module.WanModel for module in modules if isinstance(getattr(module, "WanModel", None), type)]
-
-
 def watch(args: dict[str, Any]) -> str | None:
     """Let transformers that the wrapper gives ``args`` to be managed when their first run begins, for as long as ``args``
     or a copy of them lives. Returns what was looked for and not found, None when all is well."""
-    kinds = transformer_classes()
-    if not kinds:
-        return "looked for wanvideo.modules.model.WanModel of ComfyUI-WanVideoWrapper, and it is not loaded"
-    changed = [kind for kind in kinds if kind not in _watchers and "named_parameters" in kind.__dict__]
-    for kind in kinds:
-        if kind not in changed:
-            watcher = _watchers.get(kind) or _Watcher(kind)
-            _watchers[kind] = watcher
-            watcher.tokens += 1
-            weakref.finalize(args[KEY].settings.token, watcher.let_go)
-    if changed:
-        return f"looked for nn.Module's named_parameters() in {changed[0].__module__}.WanModel, which has its own"
-    return None
+    return watch_classes(args[KEY].settings.token, _named_parameters_at_first)
+
+
+def _named_parameters_at_first(transformer: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """``named_parameters``, which a run calls first, of a transformer that may have got our arguments."""
+    if isinstance(transformer.__dict__.get("offload_txt_emb"), Flag):
+        reason = examine(transformer)
+        if reason is None:
+            return manage(transformer).transformer.named_parameters(*args, **kwargs)
+        log.warning("block swap: WanVideoWrapper moves the blocks itself: %s", reason)
+    return nn.Module.named_parameters(transformer, *args, **kwargs)
