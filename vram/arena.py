@@ -80,10 +80,16 @@ class HostSegment:
             self._finalizer()
 
 
+def page_lockable(total: int, available: int) -> int:
+    """Bytes of RAM that may be page-locked where ``available`` of ``total`` are free: what leaves the system 4 GiB or
+    10% of its memory, whichever is more."""
+    return max(0, available - max(4 * GIB, total // 10))
+
+
 def default_budget() -> int:
-    """Bytes of RAM that may be page-locked: what leaves the system 4 GiB or 10% of its memory, whichever is more."""
+    """``page_lockable`` of this machine now, in bytes."""
     host = psutil.virtual_memory()
-    return max(0, host.available - max(4 * GIB, host.total // 10))
+    return page_lockable(host.total, host.available)
 
 
 def lies_as(spec: TensorSpec, source: torch.Tensor) -> bool:

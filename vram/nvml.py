@@ -27,17 +27,17 @@ def _initialise() -> str | None:
 
 
 @lru_cache(maxsize=16)
-def _handle(device_uuid: str) -> Any:
-    return pynvml.nvmlDeviceGetHandleByUUID(device_uuid)
-
-
-def device_uuid(device: torch.device) -> str:
-    """NVML's name of a torch CUDA device, so that CUDA_VISIBLE_DEVICES and reordering do not matter."""
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+def _handle(uuid: str) -> Any:
+    """The handle of a card, or of the MIG slice that torch names by the slice's own UUID."""
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except pynvml.NVMLError_NotFound:
+        return pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
 
 
 def ask(device: torch.device, question: str, *arguments: Any) -> tuple[Any, str | None]:
-    """Call ``pynvml.<question>(handle, *arguments)`` for a CUDA device.
+    """Call ``pynvml.<question>(handle, *arguments)`` for a CUDA device, found by its UUID, so that CUDA_VISIBLE_DEVICES and
+    reordering do not matter.
 
     Returns (answer, None), or (None, reason in words) where NVML, the device or the answer is missing.
     """
@@ -45,7 +45,7 @@ def ask(device: torch.device, question: str, *arguments: Any) -> tuple[Any, str 
     if reason is not None:
         return None, reason
     try:
-        return getattr(pynvml, question)(_handle(device_uuid(device)), *arguments), None
+        return getattr(pynvml, question)(_handle(str(torch.cuda.get_device_properties(device).uuid)), *arguments), None
     except (pynvml.NVMLError, AttributeError) as error:
         return None, f"NVML does not answer {question} ({error})"
 
