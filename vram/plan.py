@@ -5,8 +5,10 @@ A plan says which units are resident, which are streamed, and through how many s
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 from .units import format_bytes
@@ -107,6 +109,11 @@ def cut(layers: Sequence[LayerSize], limit: int) -> tuple[Unit, ...]:
     """Units of consecutive layers of up to ``limit`` bytes, within segments: as few as possible, and then as even
     as possible, because the largest decides the size of a slot. A layer larger than ``limit`` is a unit of its own.
     """
+    return _cut(tuple(layers), limit)
+
+
+@lru_cache(maxsize=16)
+def _cut(layers: tuple[LayerSize, ...], limit: int) -> tuple[Unit, ...]:
     units: list[Unit] = []
     start = 0
     for index in range(1, len(layers) + 1):
@@ -172,39 +179,53 @@ def stream_blocks(units: Sequence[Unit], streamed_blocks: int, slots: int) -> Pl
 
 
 def _with_resident(units: Sequence[Unit], resident: Sequence[int], slots: int) -> Plan:
-    streamed = [unit.nbytes for index, unit in enumerate(units) if index not in set(resident)]
+    kept = frozenset(resident)
+    streamed = [unit.nbytes for index, unit in enumerate(units) if index not in kept]
     slots = min(slots, len(streamed))
-    return Plan(tuple(units), frozenset(resident), slots, max(streamed, default=0) if slots else 0)
+    return Plan(tuple(units), kept, slots, max(streamed, default=0) if slots else 0)
 
 
 def fit(units: Sequence[Unit], budget: int, slots: int) -> Plan | None:
     """As many units resident as ``budget`` bytes hold beside ``slots`` slots, the streamed ones spread evenly.
     None when not even the slots fit."""
-    for count in range(len(units) + 1):
-        streamed = set(spread(len(units), count)) if count else set()
-        plan = _with_resident(units, [i for i in range(len(units)) if i not in streamed], slots)
-        if plan.device_bytes <= budget:
-            return plan
+    sizes = [allocated(unit.nbytes) for unit in units]
+    total = left = sum(sizes)
+    fewest = 0  # so many have to be streamed even if they were the largest
+    for size in sorted(sizes, reverse=True):
+        if left <= budget:
+            break
+        left -= size
+        fewest += 1
+    count, step = fewest, 2 * max(sizes, default=1)
+    while count <= len(units):
+        streamed = spread(len(units), count) if count else ()
+        chosen = [sizes[index] for index in streamed]
+        missing = total - sum(chosen) + min(slots, count) * max(chosen, default=0) - budget
+        if missing <= 0:
+            kept = set(range(len(units))).difference(streamed)
+            return _with_resident(units, sorted(kept), slots)
+        count = min(max(count + 1, count + missing // step), max(count + 1, len(units)))
     return None
 
 
 def simulate(plan: Plan, timing: Timing, forwards: int = 4) -> float:
     """Seconds of one forward in the long run under ``plan``: one copy engine, one compute stream, copies in the order
     of use, a slot free again when its unit was computed; memory on demand counts as two slots. ``timing.compute`` is per unit of ``plan``."""
-    link = clock = 0.0
-    released: list[float] = []
-    begin = 0.0
-    slots = plan.slots or 2
+    link = clock = begin = 0.0
+    released: deque[float] = deque([0.0] * (plan.slots or 2), plan.slots or 2)
+    steps = [
+        (None if index in plan.resident else unit.nbytes / timing.bandwidth, seconds)
+        for index, (unit, seconds) in enumerate(zip(plan.units, timing.compute, strict=True))
+    ]
     for _ in range(forwards):
         begin = clock
         clock += timing.outside
-        for index, unit in enumerate(plan.units):
-            if index in plan.resident:
-                clock += timing.compute[index]
+        for copying, computing in steps:
+            if copying is None:
+                clock += computing
                 continue
-            slot_free = released[-slots] if len(released) >= slots else 0.0
-            link = max(link, slot_free) + unit.nbytes / timing.bandwidth
-            clock = max(clock, link) + timing.compute[index]
+            link = max(link, released[0]) + copying
+            clock = max(clock, link) + computing
             released.append(clock)
     return clock - begin
 
