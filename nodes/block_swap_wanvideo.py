@@ -47,7 +47,8 @@ class BlockSwapWrapperWanVideo:
                     "INT",
                     {
                         **blocks,
-                        "tooltip": "So many more blocks for the VACE blocks of a VACE model. Used like blocks_to_swap.",
+                        "tooltip": "So many more streamed blocks for the VACE blocks of a VACE model. Both numbers are added, and "
+                        "spread evenly over all blocks.",
                     },
                 ),
                 "offload_img_emb": (

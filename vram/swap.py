@@ -164,17 +164,22 @@ class Swap:
         if needed <= budget:
             return smallest
         least = needed + max(0, self.limit - budget)
-        layers = stream_all(single_layers(self._sizes), 0).device_bytes + beside
-        advice = (
-            f" Layerwise mode would do with about {format_bytes(layers + self.limit - budget)}."
-            if self.config.mode != "layerwise" and layers < needed
-            else ""
-        )
+        if self.config.streamed_blocks is not None:
+            advice = (
+                " blocks_to_swap keeps all other blocks there: raise it, or let it be 0 to stream as many as it takes."
+            )
+        else:
+            layers = stream_all(single_layers(self._sizes), 0).device_bytes + beside
+            advice = (
+                f" Layerwise mode would do with about {format_bytes(layers + self.limit - budget)}."
+                if self.config.mode != "layerwise" and layers < needed
+                else ""
+            )
         raise LimitTooSmall(
             f"max_vram is {format_bytes(self.limit)}, of which {format_bytes(budget)} can be used here, but "
             f"{type(self.root).__name__} needs {format_bytes(needed)} before any activation: "
-            f"{format_bytes(beside)} beside the blocks and {format_bytes(needed - beside)} for streamed units. The smallest "
-            f"limit that holds its weights is {format_bytes(least)}; activations come on top.{advice}",
+            f"{format_bytes(beside)} beside the blocks and {format_bytes(needed - beside)} for resident and streamed units. The "
+            f"smallest limit that holds its weights is {format_bytes(least)}; activations come on top.{advice}",
             least,
         )
 

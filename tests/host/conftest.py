@@ -1,11 +1,13 @@
 """A running ComfyUI and tiny models for it, for tests that ask for them by name. Without a ComfyUI they are skipped."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from .checkpoints import write_hunyuan, write_lora, write_wan
 from .comfy import ComfyServer, Host, find_host
+from .wanvideo import Sampler, find_wrapper, why_not_loaded, write_models
 
 LORA_LAYERS = ("blocks.1.self_attn.q", "blocks.1.self_attn.o", "blocks.4.cross_attn.v", "blocks.4.ffn.2")
 
@@ -50,3 +52,24 @@ def wan_lora(comfy_server: ComfyServer, wan: str) -> str:
     """File name of a LoRA that changes layers of blocks 1 and 4 of `wan` and leaves the others alone."""
     checkpoint = comfy_server.models / "diffusion_models" / wan
     return write_lora(comfy_server.models / "loras" / "wan_lora.safetensors", checkpoint, LORA_LAYERS).name
+
+
+@pytest.fixture(scope="session")
+def wrapper(comfy_host: Host) -> Path:
+    """The WanVideoWrapper of this machine."""
+    found = find_wrapper(comfy_host)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def sampler(comfy_host: Host, wrapper: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sampler]:
+    """Tiny models of each kind on one running ComfyUI with the wrapper, in which this pack's nodes act on a CPU too."""
+    base = tmp_path_factory.mktemp("wanvideo")
+    models = write_models(base / "models")
+    with ComfyServer(comfy_host, base, env={"INTELLIGENT_VRAM_FORCE": "1"}, packs=[wrapper]) as server:
+        problem = why_not_loaded(server)
+        if problem is not None:
+            pytest.skip(problem)
+        yield Sampler(server, models)

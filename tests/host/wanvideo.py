@@ -1,11 +1,13 @@
 """A real ComfyUI-WanVideoWrapper for the tests: where it is, tiny checkpoints that it loads, prompts in API format.
 
 The wrapper derives heads and layers from the width. For one that it does not know it makes 12 heads, 30 blocks and, of a
-VACE model, 15 VACE blocks, so that a width of 192 is a small model with all the blocks of a real one.
+VACE model, 15 VACE blocks, so that a width of 96 is a small model with all the blocks of a real one.
 """
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from .checkpoints import write_wan
-from .comfy import HERE, Host, find_host
-from .workflows import Patch
+from .checkpoints import write_lora, write_wan
+from .comfy import ComfyServer, Host, find_host
+from .workflows import Patch, saved_latent
 
 NAME = "ComfyUI-WanVideoWrapper"
-HELPERS = HERE / "helper_wanvideo"
-DIM, FFN_DIM, BLOCKS, VACE_BLOCKS = 192, 384, 30, 15
+DIM, FFN_DIM, BLOCKS, VACE_BLOCKS = 96, 640, 30, 15
+LORA_LAYERS = (
+    *("blocks.1.self_attn.q", "blocks.1.self_attn.v", "blocks.7.ffn.0"),
+    *("blocks.14.cross_attn.v", "blocks.22.self_attn.o", "blocks.29.ffn.2"),
+)
+# second outputs of nodes that also make BLOCKSWAPARGS
+ARGUMENTS_OUTPUT = {"BlockSwapWrapperWanVideo": 1}
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -41,24 +48,58 @@ def find_wrapper(host: Host | None = None) -> Path | str:
     return root
 
 
+def why_not_loaded(server: ComfyServer) -> str | None:
+    """One line that says why a running ComfyUI did not load the wrapper; None when it did."""
+    try:
+        server.object_info("WanVideoSampler")
+    except KeyError:
+        reason = [line for line in server.log_text().splitlines() if "Cannot import" in line or "No module" in line]
+        return f"ComfyUI does not load {NAME}: {reason[0] if reason else 'see its log'}"
+    return None
+
+
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(
-    path: Path, *, vace: bool = False, scaled_fp8: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Path:
-    """Write a Wan 2.1 text-to-video model, with `vace` a VACE model, for WanVideoModelLoader. Returns the path.
-
-    `scaled_fp8`: the linear layers of all blocks in FP8 e4m3, each with a `scale_weight`. A path that ends in `.gguf` is
-    written as GGUF, with the linear layers of all blocks in Q8_0.
-    """
+def write_checkpoint(path: Path, *, vace: bool = False, seed: int = 0) -> Path:
+    """Write a Wan 2.1 text-to-video model in fp32, with `vace` a VACE model, for WanVideoModelLoader. Returns the path."""
     shape = {"dim": DIM, "ffn_dim": FFN_DIM, "blocks": BLOCKS, "vace_blocks": VACE_BLOCKS if vace else 0}
-    write_wan(path, **shape, dtype=dtype, seed=seed)
-    if scaled_fp8:
-        save_file(_scaled_fp8(load_file(path)), path)
+    return write_wan(path, **shape, dtype=torch.float32, seed=seed)
+
+
+def write_quantized(path: Path, checkpoint: Path) -> Path:
+    """Write `checkpoint` with the linear layers of all blocks quantized: as GGUF in Q8_0 where `path` ends in `.gguf`,
+    else in FP8 e4m3, each with a `scale_weight`. Returns the path."""
+    weights = load_file(checkpoint)
     if path.suffix == ".gguf":
-        _write_gguf(path, load_file(path))
+        _write_gguf(path, weights)
+    else:
+        save_file(_scaled_fp8(weights), path)
     return path
+
+
+def write_models(models: Path) -> dict[str, str]:
+    """Write tiny models below ComfyUI's folder `models`. Returns their names by kind: plain, low (other weights), fp8
+    (scaled), vace, gguf; and that of a LoRA for them, lora. Of each model there is a second name, see `reference`."""
+    folder = models / "diffusion_models"
+    plain = write_checkpoint(folder / "tiny_plain.safetensors")
+    paths = {
+        "plain": plain,
+        "low": write_checkpoint(folder / "tiny_other.safetensors", seed=1),
+        "fp8": write_quantized(folder / "tiny_fp8.safetensors", plain),
+        "vace": write_checkpoint(folder / "tiny_vace.safetensors", vace=True),
+        "gguf": write_quantized(folder / "tiny_q8.gguf", plain),
+    }
+    for path in paths.values():
+        os.link(path, folder / reference(path.name))
+    lora = write_lora(models / "loras" / "tiny_lora.safetensors", plain, LORA_LAYERS)
+    return {"lora": lora.name, **{kind: path.name for kind, path in paths.items()}}
+
+
+def reference(name: str) -> str:
+    """Another name of the same file. ComfyUI keeps loaded models by name: what is loaded by this one no other prompt
+    has touched."""
+    return f"reference_{name}"
 
 
 def _is_linear_in_block(name: str, tensor: torch.Tensor) -> bool:
@@ -133,6 +174,11 @@ def in_wan_block(block: int, *, raise_at: int = 0, sleep_seconds: float = 0.0) -
     return "TestWanVideoInBlock", {"block": block, "raise_at": raise_at, "sleep_seconds": sleep_seconds}
 
 
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    """A node in API format, for `extra` of `sample_video`."""
+    return {"class_type": class_type, "inputs": inputs}
+
+
 def sample_video(
     model: str,
     *,
@@ -180,11 +226,9 @@ def sample_video(
     """
     prompt: dict[str, Any] = dict(extra or {})
     video = {"width": width, "height": height, "num_frames": num_frames}
-    prompt["text"] = _node("TestWanVideoTextEmbeds", seed=1, tokens=16)
+    prompt["text"] = node("TestWanVideoTextEmbeds", seed=1, tokens=16)
     prompt["embeds"] = (
-        _node("TestWanVideoVaceEmbeds", **video, strength=1.0, seed=3)
-        if vace
-        else _node("WanVideoEmptyEmbeds", **video)
+        node("TestWanVideoVaceEmbeds", **video, strength=1.0, seed=3) if vace else node("WanVideoEmptyEmbeds", **video)
     )
     loader = {
         "base_precision": base_precision,
@@ -200,14 +244,14 @@ def sample_video(
         else:
             loader["lora"] = lora
     if swap is not None:
-        prompt["swap"] = _node(swap[0], **swap[1])
-        loader["block_swap_args"] = ["swap", 0]
+        prompt["swap"] = node(swap[0], **swap[1])
+        loader["block_swap_args"] = _arguments("swap", swap)
     if compiled is not None:
-        prompt["compile"] = _node(compiled[0], **compiled[1])
+        prompt["compile"] = node(compiled[0], **compiled[1])
         loader["compile_args"] = ["compile", 0]
     if set_swap is not None:
-        prompt["set swap"] = _node(set_swap[0], **set_swap[1])
-        setters.append(("WanVideoSetBlockSwap", {"block_swap_args": ["set swap", 0]}))
+        prompt["set swap"] = node(set_swap[0], **set_swap[1])
+        setters.append(("WanVideoSetBlockSwap", {"block_swap_args": _arguments("set swap", set_swap)}))
     sampler = {
         "image_embeds": ["embeds", 0],
         "text_embeds": ["text", 0],
@@ -220,34 +264,90 @@ def sample_video(
         "riflex_freq_index": 0,
         "rope_function": "comfy",
     }
-    for suffix, name in (("", model), (" low", low_noise_model)):
-        if name is None:
+    for suffix, file in (("", model), (" low", low_noise_model)):
+        if file is None:
             continue
-        prompt[f"model{suffix}"] = _node("WanVideoModelLoader", **{**loader, "model": name})
+        prompt[f"model{suffix}"] = node("WanVideoModelLoader", **{**loader, "model": file})
         last = f"model{suffix}"
         for i, (class_type, inputs) in enumerate([*setters, *between]):
             number = i - len(setters)
-            node = f"set{i}{suffix}" if number < 0 else f"patch{number}{suffix}"
-            prompt[node] = _node(class_type, **{**inputs, "model": [last, 0]})
-            last = node
-        prompt[f"sampler{suffix}"] = _node("WanVideoSampler", **{**sampler, "model": [last, 0]})
+            name = f"set{i}{suffix}" if number < 0 else f"patch{number}{suffix}"
+            prompt[name] = node(class_type, **{**inputs, "model": [last, 0]})
+            last = name
+        prompt[f"sampler{suffix}"] = node("WanVideoSampler", **{**sampler, "model": [last, 0]})
         if probe:
-            prompt[f"probe{suffix}"] = _node("TestWanVideoProbe", model=[last, 0], trigger=[f"sampler{suffix}", 0])
+            prompt[f"probe{suffix}"] = node("TestWanVideoProbe", model=[last, 0], trigger=[f"sampler{suffix}", 0])
     if low_noise_model is not None:
         prompt["sampler"]["inputs"]["end_step"] = steps // 2
         prompt["sampler low"]["inputs"] |= {"start_step": steps // 2, "samples": ["sampler", 0]}
     result = "sampler" if low_noise_model is None else "sampler low"
-    prompt["save"] = _node("TestSaveLatent", samples=[result, 0], path=save_as)
+    prompt["save"] = node("TestSaveLatent", samples=[result, 0], path=save_as)
     return prompt
+
+
+def _arguments(name: str, patch: Patch) -> list[Any]:
+    """A link to the BLOCKSWAPARGS of a node."""
+    return [name, ARGUMENTS_OUTPUT.get(patch[0], 0)]
 
 
 def _chain_loras(prompt: dict[str, Any], loras: Sequence[tuple[str, float]], merge: bool) -> list[Any]:
     """Add a WanVideoLoraSelect for each LoRA; returns a link to all of them."""
     for i, (name, strength) in enumerate(loras):
         previous = {"prev_lora": [f"lora{i - 1}", 0]} if i else {}
-        prompt[f"lora{i}"] = _node("WanVideoLoraSelect", lora=name, strength=strength, merge_loras=merge, **previous)
+        prompt[f"lora{i}"] = node("WanVideoLoraSelect", lora=name, strength=strength, merge_loras=merge, **previous)
     return [f"lora{len(loras) - 1}", 0]
 
 
-def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a prompt left: its latent, what it wrote to the log, and what its probes told (` low`: of the second model)."""
+
+    latent: torch.Tensor
+    log: str
+    reports: dict[str, dict[str, Any]]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the probe of the only model, or the first, told."""
+        return self.reports["probe"]
+
+
+class Sampler:
+    """The tiny models on one server.
+
+    `models` are file names by kind, see `write_models`. Of a VACE model the prompts have VACE conditioning.
+    """
+
+    def __init__(self, server: ComfyServer, models: Mapping[str, str]) -> None:
+        self.server = server
+        self.models = dict(models)
+        self._references: dict[str, torch.Tensor] = {}
+
+    def prompt(self, kind: str, **scene: Any) -> dict[str, Any]:
+        """The prompt of `sample_video` for a kind of model; `low_noise_model` is a kind too."""
+        return self._prompt(str, kind, scene)
+
+    def sample(self, kind: str, **scene: Any) -> Sampled:
+        """Run the prompt. PromptFailed if it does not succeed."""
+        start = len(self.server.log_text())
+        entry = self.server.run(self.prompt(kind, **scene))
+        outputs = {name: output["text"][0] for name, output in entry["outputs"].items()}
+        reports = {name: json.loads(text) for name, text in outputs.items() if name.startswith("probe")}
+        return Sampled(saved_latent(entry), self.server.log_text()[start:], reports)
+
+    def reference(self, kind: str, **scene: Any) -> torch.Tensor:
+        """The latent of a prompt without nodes of this pack, made once, with a model that no other prompt touches."""
+        prompt = self._prompt(reference, kind, scene)
+        key = json.dumps(prompt, sort_keys=True)
+        if key not in self._references:
+            self._references[key] = saved_latent(self.server.run(prompt))
+        return self._references[key]
+
+    def _prompt(self, rename: Any, kind: str, scene: Mapping[str, Any]) -> dict[str, Any]:
+        scene = {"vace": kind == "vace", **scene}
+        if low := scene.get("low_noise_model"):
+            scene["low_noise_model"] = rename(self.models[low])
+        return sample_video(rename(self.models[kind]), **scene)

@@ -48,10 +48,7 @@ def reason_to_pass(device: torch.device) -> str | None:
     """Why block swap leaves a model on ``device`` alone, in words; None when it does not."""
     if device.type == "cuda" or os.environ.get(FORCE) == "1":
         return None
-    return (
-        f"the model runs on {device.type}, where there is no device memory to save; it is passed through unchanged "
-        f"(set {FORCE}=1 to stream all the same)"
-    )
+    return f"the model runs on {device.type}, where there is no device memory to save (set {FORCE}=1 to stream all the same)"
 
 
 def wrap(model: Any, config: SwapConfig) -> Any:
@@ -62,7 +59,7 @@ def wrap(model: Any, config: SwapConfig) -> Any:
     """
     reason = reason_to_pass(model.load_device)
     if reason is not None:
-        log.info("block swap: %s", reason)
+        log.info("block swap: the model is passed through unchanged: %s", reason)
         return model
     find_blocks(getattr(model.model, ROOT), config.block_names)
     static = _static(model)

@@ -29,6 +29,7 @@ from ..swap import Swap, attach
 from .comfy import reason_to_pass
 from .comfy_state import HostProgress
 from .report import report
+from .traits import WAN_SCOPE, WANVIDEO, config_in
 from .wan_arguments import KEY, Flag, Run, Settings, arguments, put_into, when_cloned
 from .wan_classes import BLOCKS, VACE_BLOCKS, examine, watch_classes
 from .wan_gguf import READERS, Readers, forget_weights
@@ -36,17 +37,6 @@ from .wan_gguf import READERS, Readers, forget_weights
 __all__ = ["Managed", "arguments", "examine", "manage", "watch", "wrap"]
 
 log = logging.getLogger(__name__)
-
-SCOPE = Scope(
-    outside=False,
-    # an index into a list, which on the device would cost a synchronisation
-    leave=frozenset({"block_id"}),
-    # called by the model's loop beside the block itself
-    called_alone=frozenset(
-        {"before_proj", "after_proj", "fuser_block", "control_blocks_dense", "control_blocks_sparse"}
-        | {"control_combine_linears"}
-    ),
-)
 
 
 def _reason_to_refuse(transformer: nn.Module) -> str | None:
@@ -268,11 +258,11 @@ class Managed:
     def _scope(self) -> Scope:
         """Compiled blocks see the index on the device, as without block swap: another graph would round differently."""
         compiled = any(is_compiled(block) for block in self._blocks())
-        return replace(SCOPE, leave=frozenset()) if compiled else SCOPE
+        return replace(WAN_SCOPE, leave=frozenset()) if compiled else WAN_SCOPE
 
     def _config(self, settings: Settings) -> Any:
-        names = tuple(f".{name}" for name in (BLOCKS, VACE_BLOCKS) if isinstance(self._list(name), nn.ModuleList))
-        config = replace(settings.config, block_names=names)
+        lists = tuple(name for name in (BLOCKS, VACE_BLOCKS) if isinstance(self._list(name), nn.ModuleList))
+        config = config_in(WANVIDEO, settings.config, lists)
         asked = {BLOCKS: settings.blocks_to_swap, VACE_BLOCKS: settings.vace_blocks_to_swap}
         if not any(asked.values()):
             return config
@@ -340,5 +330,6 @@ def _named_parameters_at_first(transformer: nn.Module, *args: Any, **kwargs: Any
         reason = examine(transformer)
         if reason is None:
             return manage(transformer).transformer.named_parameters(*args, **kwargs)
+        transformer.offload_txt_emb = bool(transformer.offload_txt_emb)  # it is said once a run
         log.warning("block swap: WanVideoWrapper moves the blocks itself: %s", reason)
     return nn.Module.named_parameters(transformer, *args, **kwargs)

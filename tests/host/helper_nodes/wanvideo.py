@@ -1,27 +1,18 @@
-"""Custom nodes that only the tests of ComfyUI-WanVideoWrapper use: conditioning without encoders, a look inside a
-WANVIDEOMODEL, a block that is slow or raises.
+"""Nodes for the models of ComfyUI-WanVideoWrapper. They import nothing of it."""
 
-They import nothing of the wrapper. TestWanVideoProbe and TestWanVideoInBlock run at every prompt.
-"""
-
-import json
-import logging
-import time
 from collections import Counter
 
-import psutil
 import torch
 
-
-def randn(seed: int, *shape: int) -> torch.Tensor:
-    """Normal random numbers, the same for the same seed."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from .base import Disturbance, EveryPrompt, Probe, randn
 
 
-class TestWanVideoTextEmbeds:
-    """Random WANVIDEOTEXTEMBEDS: one positive and one negative prompt of shape [tokens, 4096]."""
+class TestWanVideoTextEmbeds(EveryPrompt):
+    """Random WANVIDEOTEXTEMBEDS: one positive and one negative prompt of shape [tokens, 4096].
 
-    CATEGORY = "test"
+    It runs at every prompt, and so does the sampler behind it, also for a prompt that is the same as one before.
+    """
+
     FUNCTION = "make"
     RETURN_TYPES = ("WANVIDEOTEXTEMBEDS",)
 
@@ -74,39 +65,24 @@ class TestWanVideoVaceEmbeds:
         return (embeds,)
 
 
-class TestWanVideoProbe:
-    """Tells, as JSON, what a WANVIDEOMODEL looks like after the node that `trigger` (a LATENT) comes from has run.
+class TestWanVideoProbe(Probe):
+    """A probe of a WANVIDEOMODEL, which also tells the following.
 
-    patcher: class name of the model patcher. patched_linear: whether the wrapper put linear layers of its own in.
-    parameter_bytes, block_bytes: bytes of the transformer's parameters, and of those in blocks, by device and dtype.
-    linear: number of linear layers by class. compiled: modules wrapped by torch.compile. lora_buffers: unmerged LoRA
-    tensors. overrides: attributes of modules that hide a method of their class. hooks: hooks on modules.
-    state_dict: tensors that the wrapper keeps to load again. rss: bytes of the process in RAM.
+    patched_linear: whether the wrapper put linear layers of its own in. block_bytes: bytes of the parameters in blocks by
+    device and dtype. linear: number of linear layers by class. compiled: modules wrapped by torch.compile. lora_buffers:
+    unmerged LoRA tensors. overrides: attributes of modules that hide a method of their class, by name. class_overrides:
+    methods of torch.nn.Module that the transformer's class hides. state_dict: tensors that the wrapper keeps to load
+    again.
     """
 
-    CATEGORY = "test"
-    FUNCTION = "probe"
-    RETURN_TYPES = ()
-    OUTPUT_NODE = True
+    MODEL = "WANVIDEOMODEL"
 
-    @classmethod
-    def INPUT_TYPES(cls) -> dict:
-        return {"required": {"model": ("WANVIDEOMODEL",)}, "optional": {"trigger": ("LATENT",)}}
-
-    @classmethod
-    def IS_CHANGED(cls, **_: object) -> float:
-        return float("nan")
-
-    def probe(self, model, trigger: object = None) -> dict:
+    def more(self, model, modules: list[torch.nn.Module]) -> dict:
         transformer = model.model.diffusion_model
-        modules = list(torch.nn.Module.modules(transformer))
-        parameter_bytes: Counter[str] = Counter()
         block_bytes: Counter[str] = Counter()
         for name, parameter in torch.nn.Module.named_parameters(transformer):
-            kind = f"{parameter.device} {str(parameter.dtype).removeprefix('torch.')}"
-            parameter_bytes[kind] += parameter.nbytes
             if "blocks." in name:
-                block_bytes[kind] += parameter.nbytes
+                block_bytes[f"{parameter.device} {str(parameter.dtype).removeprefix('torch.')}"] += parameter.nbytes
         overrides = [
             name
             for module in modules
@@ -115,60 +91,43 @@ class TestWanVideoProbe:
             and callable(getattr(type(module), name, None))
             and type(module).__name__ != "OptimizedModule"
         ]
-        report = {
-            "patcher": type(model).__name__,
+        of_all_modules = {name for name, value in vars(torch.nn.Module).items() if callable(value)}
+        return {
             "patched_linear": transformer.patched_linear,
-            "parameter_bytes": parameter_bytes,
             "block_bytes": block_bytes,
             "linear": Counter(type(module).__name__ for module in modules if isinstance(module, torch.nn.Linear)),
             "compiled": sum(type(module).__name__ == "OptimizedModule" for module in modules),
             "lora_buffers": sum(name.startswith("lora_diff_") for module in modules for name in module._buffers),
             "overrides": Counter(overrides),
-            "hooks": sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules),
+            "class_overrides": sorted(of_all_modules & set(vars(type(transformer)))),
             "state_dict": len(model.model["sd"] or ()),
-            "rss": psutil.Process().memory_info().rss,
         }
-        return {"ui": {"text": [json.dumps(report)]}}
 
 
-class TestWanVideoInBlock:
-    """The same WANVIDEOMODEL, one block of which sleeps each time it is due and raises at call `raise_at` (0: never).
+class TestWanVideoInBlock(EveryPrompt):
+    """The same WANVIDEOMODEL, one block of which sleeps or raises; see Disturbance.
 
-    Each call writes `TestWanVideoInBlock: call N` to the log. It hangs a hook on the block, which all copies of the
-    model share, and which goes once it raised, or when this node runs again for that model.
+    It hangs a hook on the block, which all copies of the model share, and which goes once it raised, or when this node
+    runs again for that model.
     """
 
-    CATEGORY = "test"
     FUNCTION = "patch"
     RETURN_TYPES = ("WANVIDEOMODEL",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {
-            "required": {
-                "model": ("WANVIDEOMODEL",),
-                "block": ("INT", {"default": 0, "min": 0, "max": 1024}),
-                "raise_at": ("INT", {"default": 1, "min": 0, "max": 1_000_000}),
-                "sleep_seconds": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 60.0}),
-            }
-        }
-
-    @classmethod
-    def IS_CHANGED(cls, **_: object) -> float:
-        return float("nan")
+        return {"required": {"model": ("WANVIDEOMODEL",), **Disturbance.inputs()}}
 
     def patch(self, model, block: int, raise_at: int, sleep_seconds: float) -> tuple:
         transformer = model.model.diffusion_model
-        calls = 0
+        disturb = Disturbance("TestWanVideoInBlock", f"block {block}", raise_at, sleep_seconds)
 
         def hook(module: torch.nn.Module, args: tuple) -> None:
-            nonlocal calls
-            calls += 1
-            logging.info("TestWanVideoInBlock: call %d", calls)
-            time.sleep(sleep_seconds)
-            if calls == raise_at:
+            try:
+                disturb()
+            except RuntimeError:
                 transformer.__dict__.pop("test_hook").remove()
-                raise RuntimeError(f"TestWanVideoInBlock: block {block} raises at call {calls}")
+                raise
 
         if "test_hook" in transformer.__dict__:
             transformer.__dict__["test_hook"].remove()
@@ -178,7 +137,4 @@ class TestWanVideoInBlock:
         return (model.clone(),)
 
 
-NODE_CLASS_MAPPINGS = {
-    node.__name__: node
-    for node in (TestWanVideoTextEmbeds, TestWanVideoVaceEmbeds, TestWanVideoProbe, TestWanVideoInBlock)
-}
+NODES = (TestWanVideoTextEmbeds, TestWanVideoVaceEmbeds, TestWanVideoProbe, TestWanVideoInBlock)

@@ -1,0 +1,112 @@
+"""What nodes for ComfyUI's own models and those for WanVideoWrapper's share."""
+
+import json
+import logging
+import time
+from collections import Counter
+
+import psutil
+import torch
+
+
+class AnyType(str):
+    """A socket type that every other type connects to."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+class EveryPrompt:
+    """A node that runs at every prompt, even where ComfyUI has the outputs of all other nodes cached."""
+
+    CATEGORY = "test"
+
+    @classmethod
+    def IS_CHANGED(cls, **_: object) -> float:
+        return float("nan")
+
+
+class TestSink(EveryPrompt):
+    """Takes anything, so that what makes it is run."""
+
+    FUNCTION = "take"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"anything": (AnyType("*"),)}}
+
+    def take(self, anything: object) -> dict:
+        return {}
+
+
+class Probe(EveryPrompt):
+    """Tells, as JSON, what a model looks like after the node that `trigger` comes from has run.
+
+    patcher: class name of the model patcher. parameter_bytes: bytes of the diffusion model's parameters by device.
+    forward_overrides: modules with a `forward` of their own in `__dict__`. hooks: forward hooks and pre-hooks on modules.
+    rss: bytes of the process in RAM.
+    """
+
+    MODEL = "MODEL"
+    FUNCTION = "probe"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"model": (cls.MODEL,)}, "optional": {"trigger": (AnyType("*"),)}}
+
+    def probe(self, model, trigger: object = None) -> dict:
+        diffusion_model = model.model.diffusion_model
+        modules = list(torch.nn.Module.modules(diffusion_model))
+        parameter_bytes: Counter[str] = Counter()
+        # not its own methods, which a pack may have replaced
+        for _, parameter in torch.nn.Module.named_parameters(diffusion_model):
+            parameter_bytes[str(parameter.device)] += parameter.nbytes
+        report = {
+            "patcher": type(model).__name__,
+            "parameter_bytes": parameter_bytes,
+            "forward_overrides": sum("forward" in vars(module) for module in modules),
+            "hooks": sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules),
+            "rss": psutil.Process().memory_info().rss,
+            **self.more(model, modules),
+        }
+        return {"ui": {"text": [json.dumps(report)]}}
+
+    def more(self, model, modules: list[torch.nn.Module]) -> dict:
+        """What else is told of a model and the modules of its diffusion model."""
+        return {}
+
+
+class Disturbance:
+    """Sleeps each time it is called, and raises at call `raise_at` (0: never). Each call is a line in the log."""
+
+    def __init__(self, node: str, place: str, raise_at: int, sleep_seconds: float) -> None:
+        self.node = node
+        self.place = place
+        self.raise_at = raise_at
+        self.sleep_seconds = sleep_seconds
+        self.calls = 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        logging.info("%s: call %d", self.node, self.calls)
+        time.sleep(self.sleep_seconds)
+        if self.calls == self.raise_at:
+            raise RuntimeError(f"{self.node}: {self.place} raises at call {self.calls}")
+
+    @staticmethod
+    def inputs() -> dict:
+        """The inputs of a node that makes one for a block."""
+        return {
+            "block": ("INT", {"default": 0, "min": 0, "max": 1024}),
+            "raise_at": ("INT", {"default": 1, "min": 0, "max": 1_000_000}),
+            "sleep_seconds": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 60.0}),
+        }
+
+
+def randn(seed: int, *shape: int) -> torch.Tensor:
+    """Normal random numbers, the same for the same seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,93 @@
+"""Nodes for ComfyUI's own models."""
+
+from pathlib import Path
+
+import folder_paths
+import torch
+from safetensors.torch import save_file
+
+from .base import Disturbance, EveryPrompt, Probe
+
+
+class TestConditioning:
+    """Random CONDITIONING of shape [1, tokens, dim], the same for the same seed; `pooled_dim` 0 leaves pooled out."""
+
+    CATEGORY = "test"
+    FUNCTION = "make"
+    RETURN_TYPES = ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1}),
+                "tokens": ("INT", {"default": 16, "min": 1, "max": 4096}),
+                "dim": ("INT", {"default": 4096, "min": 1, "max": 65536}),
+                "pooled_dim": ("INT", {"default": 0, "min": 0, "max": 65536}),
+            }
+        }
+
+    def make(self, seed: int, tokens: int, dim: int, pooled_dim: int) -> tuple:
+        generator = torch.Generator().manual_seed(seed)
+        embedding = torch.randn(1, tokens, dim, generator=generator)
+        extra = {"pooled_output": torch.randn(1, pooled_dim, generator=generator)} if pooled_dim else {}
+        return ([[embedding, extra]],)
+
+
+class TestSaveLatent(EveryPrompt):
+    """Writes a LATENT as tensor `samples` to a .safetensors file below ComfyUI's output folder; tells its full path."""
+
+    FUNCTION = "save"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"samples": ("LATENT",), "path": ("STRING", {"default": "latent.safetensors"})}}
+
+    def save(self, samples: dict, path: str) -> dict:
+        folder = Path(folder_paths.get_output_directory()).resolve()
+        file = (folder / path).resolve()
+        if not file.is_relative_to(folder):
+            raise ValueError(f"{path} is not below the output folder")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"samples": samples["samples"].cpu().contiguous()}, file)
+        return {"ui": {"text": [str(file)]}}
+
+
+class TestModelProbe(Probe):
+    """A probe of a MODEL, which also tells loaded_size and model_size: bytes, as the patcher answers its host."""
+
+    def more(self, model, modules: list[torch.nn.Module]) -> dict:
+        return {"loaded_size": model.loaded_size(), "model_size": model.model_size()}
+
+
+class TestRaiseInBlock:
+    """A clone of a MODEL, one transformer block of which sleeps or raises; see Disturbance.
+
+    Calls are counted from when this node ran: a second prompt that finds this node's output cached counts on, so it does
+    not raise again.
+    """
+
+    CATEGORY = "test"
+    FUNCTION = "patch"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        types = {"model": ("MODEL",), "block_type": (["double_block", "single_block"],)}
+        return {"required": {**types, **Disturbance.inputs()}}
+
+    def patch(self, model, block_type: str, block: int, raise_at: int, sleep_seconds: float) -> tuple:
+        disturb = Disturbance("TestRaiseInBlock", f"{block_type} {block}", raise_at, sleep_seconds)
+
+        def replacement(args: dict, extra: dict) -> dict:
+            disturb()
+            return extra["original_block"](args)
+
+        patched = model.clone()
+        patched.set_model_patch_replace(replacement, "dit", block_type, block)
+        return (patched,)
+
+
+NODES = (TestConditioning, TestSaveLatent, TestModelProbe, TestRaiseInBlock)

@@ -1,0 +1,93 @@
+"""What planning has to know of a host before anything is loaded: which part of a model the engine gets, and what the host's
+implementation takes beside the weights. Imports nothing of a host.
+
+The constants were measured on Wan 14B's blocks on one H200 with PyTorch 2.11, ComfyUI 0.33 and WanVideoWrapper 1.4.7, at
+1,024, 7,800 and 32,760 tokens (benchmarks/README.md). For families that are not in ``MEASURED`` they are what is nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+
+from ..config import SwapConfig
+from ..discover import Scope
+from ..model_facts import ModelFacts, PackedSizes
+from ..predict import Costs, Shape
+from ..units import MIB
+
+COMFY, WANVIDEO = "ComfyUI", "WanVideoWrapper"
+HOSTS = (COMFY, WANVIDEO)
+WAN_BLOCKS = ("blocks", "vace_blocks")
+WAN_SCOPE = Scope(
+    outside=False,
+    # an index into a list, which on the device would cost a synchronisation
+    leave=frozenset({"block_id"}),
+    # called by the model's loop beside the block itself
+    called_alone=frozenset(
+        {"before_proj", "after_proj", "fuser_block", "control_blocks_dense", "control_blocks_sparse"}
+        | {"control_combine_linears"}
+    ),
+)
+MEASURED = ("Wan",)
+WAN_TEXT = 512  # tokens that Wan's text is padded to
+CAST = 20.0  # bytes moved for each parameter that is cast and scaled at each use
+
+_PLAIN = {
+    COMFY: Costs(activation=33.8, in_use=21.2, fixed=55 * MIB, passes=170, block_seconds=2.2e-3),
+    WANVIDEO: Costs(activation=31.2, in_use=18.6, fixed=55 * MIB, passes=185, block_seconds=1.6e-3),
+}
+_FP8 = {
+    COMFY: Costs(activation=40.6, in_use=26.2, fixed=50 * MIB, passes=220, block_seconds=6.2e-3, fp8_products=True),
+    WANVIDEO: Costs(activation=31.0, in_use=18.6, fixed=80 * MIB, passes=185, block_seconds=2.6e-3, weight_bytes=CAST),
+}
+
+
+def config_in(host: str, config: SwapConfig, lists: Collection[str]) -> SwapConfig:
+    """``config`` as ``host`` uses it for a model with these block lists."""
+    if host != WANVIDEO:
+        return config
+    return replace(config, block_names=tuple(f".{name}" for name in WAN_BLOCKS if name in lists))
+
+
+def sizes_in(host: str, facts: ModelFacts, config: SwapConfig) -> tuple[PackedSizes, int]:
+    """The layers that the engine will pack in ``host``, and the bytes of all other weights of the transformer, whoever
+    places them. WanVideoWrapper is taken to load in bf16, its default."""
+    if host != WANVIDEO:
+        sizes = facts.layers(config)
+        return sizes, sizes.rest_bytes
+    scope = replace(WAN_SCOPE, leave=WAN_SCOPE.leave | {"scale_weight"})  # it keeps scales as plain attributes
+    sizes = facts.layers(config, scope=scope, compute_dtype=torch.bfloat16, first=("vace_blocks",))
+    whole = facts.layers(config, compute_dtype=torch.bfloat16)
+    return sizes, whole.packed_bytes + whole.rest_bytes - sizes.packed_bytes
+
+
+def costs_of(host: str, facts: ModelFacts) -> Costs:
+    """The constants for a model in ``host``. GGUF and INT8 weights count as such that are cast at each use."""
+    if facts.quantization is None:
+        return _PLAIN[host]
+    return _FP8[host] if "FP8" in facts.quantization else _FP8[WANVIDEO]
+
+
+def shape_of(facts: ModelFacts) -> Shape | None:
+    """What compute follows from, None where the model's family does not tell its width."""
+    width = facts.sizes.dim
+    if width is None:
+        return None
+    if facts.family == "Wan":
+        return Shape(width, WAN_TEXT, 2 * width * width)  # keys and values of cross-attention
+    return Shape(width)
+
+
+def tokens_of(facts: ModelFacts, width: int, height: int, frames: int) -> int:
+    """Tokens of a video (``frames`` 1: an image) of so many pixels. VAEs shrink 8 times, and 4 times in time; that of
+    Wan 2.2 5B 16 times. Raises ValueError for sizes below one token."""
+    shrink = 16 if facts.sizes.in_channels == 48 and facts.sizes.out_channels == 48 else 8
+    patch = facts.sizes.patch_size or (1, 2, 2)
+    depth, rows, columns = (1, *patch)[-3:] if len(patch) == 2 else patch
+    tokens = ((frames - 1) // 4 // depth + 1) * (height // shrink // rows) * (width // shrink // columns)
+    if frames < 1 or tokens < 1:
+        raise ValueError(f"{width}x{height} pixels and {frames} frames are less than one token of this model")
+    return tokens

@@ -1,0 +1,190 @@
+"""What a run will take, before anything is loaded: device memory by use, RAM, and seconds of a forward.
+
+Sizes of the model are exact (model_facts.py). Compute follows from its operations and the measured rates of the card
+(hardware.py), activations from the number of tokens; both with a few constants of a host's implementation, which were
+measured (benchmarks/README.md) and belong to no card. The plan is the one that the engine will choose: the same functions
+choose it, from the predicted timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .adapt import FIRST_SLOTS, MARGIN
+from .config import SwapConfig
+from .hardware import Hardware
+from .plan import (
+    LayerSize,
+    LimitTooSmall,
+    Plan,
+    Timing,
+    Unit,
+    by_block,
+    choose,
+    cut,
+    fit,
+    rescale,
+    simulate,
+    single_layers,
+    stream_all,
+    stream_blocks,
+)
+from .units import format_bytes
+
+OUTSIDE = 0.01  # time outside the blocks, as a share of theirs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the compute of a transformer's blocks follows from. ``text_tokens`` are attended to beside the video or image
+    tokens, ``text_parameters`` of each block are applied to them and not to the others."""
+
+    width: int
+    text_tokens: int = 0
+    text_parameters: int = 0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a host's implementation of a family of models.
+
+    activation: bytes that the allocator reserves beside weights, for each token and unit of width, where it may; in_use:
+    bytes of them that are in use, with which it makes do under a tight limit; fixed: bytes besides.
+    passes: how often a block reads or writes a tensor of [tokens, width], two bytes an element, outside of products.
+    weight_bytes: bytes read or written for each parameter outside of products (weights that are cast at each use).
+    block_seconds: least time of a block, which is the host's own work. fp8_products: whether FP8 weights are multiplied
+    as such.
+    """
+
+    activation: float
+    in_use: float
+    fixed: int
+    passes: float
+    block_seconds: float
+    weight_bytes: float = 0.0
+    fp8_products: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds and bytes that a forward takes whatever is streamed. ``blocks``: seconds of each block, ``outside``: seconds of the
+    rest. ``activations``: bytes that the allocator reserves beside weights, ``least``: with which it makes do."""
+
+    blocks: tuple[float, ...]
+    outside: float
+    activations: int
+    least: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes and seconds of one forward under ``plan``. ``context``: device memory of the process outside the allocator;
+    ``beside``: weights outside the blocks; ``activations``: what else the allocator reserves."""
+
+    plan: Plan
+    limit: int
+    context: int
+    beside: int
+    activations: int
+    seconds: float
+    compute: float
+    link: float
+    arena: int
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.plan.device_bytes - self.plan.resident_bytes
+
+    @property
+    def peak(self) -> int:
+        """Device memory of the whole process at its most."""
+        return self.context + self.beside + self.activations + self.plan.device_bytes
+
+    @property
+    def floor(self) -> float:
+        """Seconds that no schedule beats without moving fewer bytes."""
+        return max(self.compute, self.plan.streamed_bytes / self.link)
+
+    def describe(self) -> str:
+        """In plain words, with numbers that add up."""
+        return (
+            f"{format_bytes(self.peak)} of {format_bytes(self.limit)}: {format_bytes(self.plan.resident_bytes)} resident, "
+            f"{format_bytes(self.slot_bytes)} slots, {format_bytes(self.beside)} beside the blocks, "
+            f"{format_bytes(self.activations)} activations, {format_bytes(self.context)} CUDA context; "
+            f"{self.seconds:.3f} s a forward (floor {self.floor:.3f} s, compute alone {self.compute:.3f} s); "
+            + self.plan.describe()
+        )
+
+
+def work(
+    parameters: Sequence[int], shape: Shape, costs: Costs, card: Hardware, tokens: int, attention: float | None = None
+) -> Work:
+    """The work of a forward over ``tokens`` tokens on ``card``; ``parameters``: how many each block has, in order;
+    ``attention``: FLOP/s of the host's own attention, by default that of the card.
+
+    Products take 2 FLOP a parameter and token, attention 4 FLOP a pair of tokens and unit of width (q k and the sum over
+    v).
+    """
+    linear = card.matmul_fp8 if costs.fp8_products and card.matmul_fp8 is not None else card.matmul
+    pairs = 4 * tokens * (tokens + shape.text_tokens) * shape.width / (attention or card.attention)
+    passes = costs.passes * 2 * tokens * shape.width / card.memory
+    seconds = []
+    for count in parameters:
+        text = min(count, shape.text_parameters)
+        products = 2 * (tokens * (count - text) + shape.text_tokens * text) / linear
+        casts = costs.weight_bytes * count / card.memory
+        seconds.append(max(costs.block_seconds, products + pairs + passes + casts))
+    activations, least = (round(rate * tokens * shape.width) + costs.fixed for rate in (costs.activation, costs.in_use))
+    return Work(tuple(seconds), OUTSIDE * sum(seconds), activations, least)
+
+
+def predict(
+    layers: Sequence[LayerSize], config: SwapConfig, limit: int, work: Work, beside: int, link: float, context: int
+) -> Prediction:
+    """What the engine will do with ``layers`` under ``limit`` bytes for the whole process.
+
+    ``beside``: bytes of the weights outside the blocks, ``link``: bytes per second, ``context``: bytes of the process
+    outside the allocator. Raises LimitTooSmall when the limit does not hold the smallest plan of the mode.
+    """
+    units = cut(layers if config.streamed_blocks is None else by_block(layers), config.block_size)
+    timing = Timing(_per_unit(layers, units, work), work.outside, link)
+    free = limit - context - beside
+    plan = _plan(layers, units, timing, free - work.activations - MARGIN, config)
+    activations = min(work.activations, free - plan.device_bytes)
+    if activations < work.least:
+        needed = limit - activations + work.least
+        raise LimitTooSmall(
+            f"{format_bytes(limit)} of VRAM do not hold the smallest plan: {format_bytes(needed)} are needed, of which "
+            f"{format_bytes(work.least)} are activations and {format_bytes(plan.device_bytes)} streamed units. Allow more, use "
+            "swap_mode layerwise, or a smaller resolution or fewer frames.",
+            needed,
+        )
+    seconds = simulate(plan, rescale(timing, units, plan.units, layers))
+    compute = sum(work.blocks) + work.outside
+    arena = sum(layer.nbytes for layer in layers)
+    return Prediction(plan, limit, context, beside, activations, seconds, compute, link, arena)
+
+
+def _plan(layers: Sequence[LayerSize], units: Sequence[Unit], timing: Timing, room: int, config: SwapConfig) -> Plan:
+    if config.mode == "layerwise":
+        return stream_all(single_layers(layers), 0)
+    if config.streamed_blocks is not None:
+        return stream_blocks(units, config.streamed_blocks, config.slots or FIRST_SLOTS)
+    if config.mode == "adaptive" and config.slots is None:
+        plan = choose(layers, units, timing, room, config.block_size)
+    else:
+        plan = fit(units, room, config.slots or FIRST_SLOTS) or fit(units, room, 2)
+    return plan or stream_all(units, 2)
+
+
+def _per_unit(layers: Sequence[LayerSize], units: Sequence[Unit], work: Work) -> tuple[float, ...]:
+    """A block's seconds shared among its units by their bytes."""
+    of_block: dict[int | None, int] = {}
+    for layer in layers:
+        of_block[layer.block] = of_block.get(layer.block, 0) + layer.nbytes
+    per_layer = [
+        0.0 if layer.block is None else work.blocks[layer.block] * layer.nbytes / max(1, of_block[layer.block])
+        for layer in layers
+    ]
+    return tuple(sum(per_layer[unit.first : unit.last]) for unit in units)
