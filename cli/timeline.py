@@ -4,8 +4,7 @@
 >>> computes = [Interval("block 0", 0.013, 0.025), Interval("block 1", 0.026, 0.038)]
 >>> draw_timeline(copies, computes, "timeline.png", title="Two blocks, both streamed")
 
-Only Pillow is needed. The colours follow the palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), which
-people with any kind of colour vision can tell apart; stalls are hatched as well.
+Colours are those of all pictures (drawing.py); stalls are hatched as well.
 """
 
 from __future__ import annotations
@@ -15,7 +14,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from ..vram.drawing import (
+    BACKGROUND,
+    COMPUTE_SHADES,
+    COPY_SHADES,
+    FAINT_INK,
+    GRID,
+    INK,
+    LANE,
+    MEMORY,
+    MEMORY_GROUND,
+    STALL,
+    STALL_GROUND,
+    Sheet,
+    milliseconds,
+    swatch_box,
+    text_width,
+)
 
 WIDTH = 1600
 LEFT, RIGHT = 160, 1560  # x of the plot's left edge and of the first column beyond it
@@ -24,12 +41,6 @@ LANE_HEIGHT, LANE_GAP = 78, 26
 MEMORY_HEIGHT = 110
 AXIS_GAP, FOOTER_GAP = 14, 72  # from the last lane to the axis, from the axis to the middle of the footer
 BOTTOM = 38
-
-BACKGROUND, LANE, INK, FAINT_INK, GRID = "#FFFFFF", "#F4F5F7", "#1F2933", "#5F6B7A", "#DDE1E6"
-COPY_SHADES = ("#0072B2", "#56B4E9")
-COMPUTE_SHADES = ("#00795A", "#3DB892")
-STALL, STALL_GROUND = "#D55E00", "#FDEBDD"
-MEMORY, MEMORY_GROUND = "#6B4E9B", "#E6DFF2"
 
 TICKS = 14  # at most so many tick marks
 FINE = 8  # columns drawn for one pixel, so that intervals narrower than a pixel blend instead of hiding each other
@@ -83,11 +94,6 @@ def nice_step(span: float, most: int) -> float:
     return next(factor * magnitude for factor in (1, 2, 5, 10) if span / (factor * magnitude) <= most * (1 + 1e-9))
 
 
-def milliseconds(seconds: float) -> str:
-    """Three digits, or more where the number is larger: 0.0213 -> '21.3 ms', 3.0931 -> '3093 ms'."""
-    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds * 1e3:.0f} ms"
-
-
 def draw_timeline(
     copies: Sequence[Interval],
     computes: Sequence[Interval],
@@ -107,7 +113,7 @@ def draw_timeline(
     Timeline(copies, computes, memory or (), limit_bytes).draw(title, footer).save(path, format="PNG")
 
 
-class Timeline:
+class Timeline(Sheet):
     """The canvas of one picture."""
 
     def __init__(
@@ -130,9 +136,7 @@ class Timeline:
 
         lanes_end = LANES_Y + 2 * LANE_HEIGHT + LANE_GAP
         self.plot_bottom = (lanes_end + LANE_GAP + MEMORY_HEIGHT if memory else lanes_end) + AXIS_GAP
-        self.image = Image.new("RGB", (WIDTH, self.plot_bottom + FOOTER_GAP + BOTTOM), BACKGROUND)
-        self.canvas = ImageDraw.Draw(self.image)
-        self.fonts = {size: ImageFont.load_default(size=size) for size in (14, 16, 18, 26)}
+        super().__init__(WIDTH, self.plot_bottom + FOOTER_GAP + BOTTOM)
 
     def draw(self, title: str, footer: str) -> Image.Image:
         """The finished picture."""
@@ -152,17 +156,6 @@ class Timeline:
         self.text(LEFT, self.plot_bottom + FOOTER_GAP, footer, 16, FAINT_INK, limit=RIGHT - LEFT)
         return self.image
 
-    def text(
-        self, x: int, y: int, text: str, size: int, fill: str = INK, anchor: str = "lm", limit: int | None = None
-    ) -> None:
-        """One line of text whose vertical middle is y, shortened with dots where it is wider than limit pixels."""
-        font = self.fonts[size]
-        if limit is not None and font.getlength(text) > limit:
-            while text and font.getlength(text + "...") > limit:
-                text = text[:-1]
-            text += "..."
-        self.canvas.text((x, y), text, fill, font, anchor)
-
     def legend(self) -> None:
         """What the colours mean, and the sum of all stalls."""
         stalled = sum(stall.end - stall.start for stall in self.stalls)
@@ -175,14 +168,12 @@ class Timeline:
         ]
         x = LEFT
         for shades, text in entries:
-            box = (x, LEGEND_Y - 9, x + 35, LEGEND_Y + 8)
             if shades is None:
-                self.hatched(*box)
+                self.hatched(swatch_box(x, LEGEND_Y), STALL, STALL_GROUND)
             else:
-                self.canvas.rectangle(box, shades[0])
-                self.canvas.rectangle((x + 18, box[1], box[2], box[3]), shades[1])
+                self.swatch(x, LEGEND_Y, *shades)
             self.text(x + 46, LEGEND_Y, text, 16)
-            x += 46 + ceil(self.fonts[16].getlength(text)) + 40
+            x += 46 + ceil(text_width(text, 16)) + 40
 
     def lane(self, y: int, height: int, *name: str) -> None:
         """An empty lane with its name, one or two lines, at the left."""
@@ -220,7 +211,7 @@ class Timeline:
         for stall in stalls:
             first, end = self.axis.x(stall.start), self.axis.x(stall.end)
             if end - first >= HATCHED_WIDTH:
-                self.hatched(first, y, end - 1, y + LANE_HEIGHT - 1)
+                self.hatched((first, y, end - 1, y + LANE_HEIGHT - 1), STALL, STALL_GROUND)
         for number, interval in enumerate(intervals):
             first, end = self.axis.x(interval.start), self.axis.x(interval.end)
             ink = BACKGROUND if number % 2 == 0 else INK
@@ -230,20 +221,9 @@ class Timeline:
         """A label around (x, y) if it fits into room pixels, else its last word, else nothing."""
         for text in (label, label.split(" ")[-1]):
             for size in (16, 14):
-                if self.fonts[size].getlength(text) <= room:
+                if text_width(text, size) <= room:
                     self.text(x, y, text, size, ink, "mm")
                     return
-
-    def hatched(self, left: int, top: int, right: int, bottom: int) -> None:
-        """A rectangle of smooth diagonal lines; all four pixels are inside it."""
-        scale, gap, line = 4, 9, 3
-        width, height = right - left + 1, bottom - top + 1
-        mask = Image.new("L", (width * scale, height * scale))
-        pen = ImageDraw.Draw(mask)
-        for x in range(-height * scale, width * scale, gap * scale):
-            pen.line((x, height * scale, x + height * scale, 0), 255, line * scale)
-        self.canvas.rectangle((left, top, right, bottom), STALL_GROUND)
-        self.image.paste(STALL, (left, top), mask.resize((width, height), Image.Resampling.BOX))
 
     def memory_curve(self, y: int) -> None:
         """Bytes in use over time as a filled staircase from zero, with its peak and, dashed, the limit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..vram.config import SwapConfig
@@ -54,6 +55,18 @@ def swap_inputs() -> dict[str, Any]:
     }
 
 
+PLAN_INPUT = (
+    "INTELLIGENT_VRAM_PLAN",
+    {"tooltip": "From Intelligent VRAM: used instead of the numbers here, but for empty_cache_freq."},
+)
+
+
+def chosen(plan: Any, max_vram_gb: float, block_size_mb: int, swap_mode: str, empty_cache_freq: int) -> SwapConfig:
+    """The configuration of a connected plan, else of the node's own numbers."""
+    config = SwapConfig.from_user(max_vram_gb, block_size_mb, swap_mode, empty_cache_freq)
+    return config if plan is None else replace(plan.config, empty_cache_every=config.empty_cache_every)
+
+
 class BlockSwapWrapper:
     """MODEL in, the same MODEL out with its transformer blocks streamed from RAM while it samples."""
 
@@ -73,12 +86,17 @@ class BlockSwapWrapper:
             "MODEL",
             {"tooltip": "A model with transformer blocks: Wan, Flux, HunyuanVideo, Qwen-Image, ..."},
         )
-        return {"required": {"model": model, **swap_inputs()}}
+        return {"required": {"model": model, **swap_inputs()}, "optional": {"plan": PLAN_INPUT}}
 
     def wrap(
-        self, model: Any, max_vram_gb: float, block_size_mb: int, swap_mode: str, empty_cache_freq: int
+        self,
+        model: Any,
+        max_vram_gb: float,
+        block_size_mb: int,
+        swap_mode: str,
+        empty_cache_freq: int,
+        plan: Any = None,
     ) -> tuple[Any]:
         from ..vram.hosts import comfy
 
-        config = SwapConfig.from_user(max_vram_gb, block_size_mb, swap_mode, empty_cache_freq)
-        return (comfy.wrap(model, config),)
+        return (comfy.wrap(model, chosen(plan, max_vram_gb, block_size_mb, swap_mode, empty_cache_freq)),)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..vram.config import SwapConfig
-from .block_swap import swap_inputs
+from .block_swap import PLAN_INPUT, chosen, swap_inputs
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +74,7 @@ class BlockSwapWrapperWanVideo:
                 ),
             },
             "optional": {
+                "plan": PLAN_INPUT,
                 "model": ("WANVIDEOMODEL", {"tooltip": "From WanVideoModelLoader; LoRAs may be set before or after."}),
             },
         }
@@ -91,12 +91,13 @@ class BlockSwapWrapperWanVideo:
         offload_txt_emb: bool,
         block_swap_debug: bool,
         model: Any = None,
+        plan: Any = None,
     ) -> tuple[Any, dict[str, Any]]:
         from comfy_execution.graph_utils import ExecutionBlocker
 
         from ..vram.hosts import wanvideo
 
-        config = SwapConfig.from_user(max_vram_gb, block_size_mb, swap_mode, empty_cache_freq)
+        config = chosen(plan, max_vram_gb, block_size_mb, swap_mode, empty_cache_freq)
         args = wanvideo.arguments(
             config,
             blocks_to_swap=blocks_to_swap,

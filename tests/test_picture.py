@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from intelligent_vram.vram import picture
-from intelligent_vram.vram.drawing import COMPUTE_SHADES, STALL_GROUND
-from intelligent_vram.vram.picture import block_cells, draw_plan, format_time, memory_by_use, times
+from intelligent_vram.vram.drawing import COMPUTE_SHADES, STALL_GROUND, format_time
+from intelligent_vram.vram.picture import blank_plan, draw_plan
+from intelligent_vram.vram.picture_parts import block_cells, memory_by_use, times
 from intelligent_vram.vram.plan import Plan, Unit, stream_all, stream_blocks
 from intelligent_vram.vram.predict import Prediction
 from PIL import ImageColor, ImageDraw
@@ -48,7 +49,7 @@ def bar_widths(prediction, total=16 * GIB, others=None):
     image = drawn.draw("Title")
     row = drawn.memory_y + 66 + 3
     counts = Counter(image.getpixel((x, row)) for x in range(picture.LEFT, picture.RIGHT))
-    return {use.label: counts[ImageColor.getrgb(use.colour)] for use in drawn.memory.uses}
+    return {use.label: counts[ImageColor.getrgb(picture.USES[use.label])] for use in drawn.memory.uses}
 
 
 @contextmanager
@@ -113,6 +114,19 @@ def test_blocks_that_no_list_names_and_units_outside_the_blocks_are_shown():
     }  # fmt: skip
 
 
+def test_the_legend_counts_blocks(texts):
+    plan = Plan(tuple(units(3, outside=2)), frozenset({0, 1, 2, 6}), 2, 64 * MIB)
+    draw_plan(predicted(plan), 16 * GIB, title="Title")
+    assert {"resident: 1", "streamed: 1", "partly: 1"} <= {text for _, text in texts}
+
+
+def test_a_prediction_of_nothing_can_be_drawn():
+    nothing = predicted(
+        Plan((), frozenset(), 0, 0), limit=0, context=0, beside=0, activations=0, seconds=0.0, compute=0.0
+    )
+    assert draw_plan(nothing, 0, title="").width == picture.WIDTH
+
+
 def test_the_bar_is_as_wide_for_each_use_as_its_bytes():
     plan = stream_blocks(units(40), 20, 4)
     prediction = predicted(plan)
@@ -165,6 +179,19 @@ def test_the_limit_is_a_line_where_its_bytes_end():
     row = drawn.memory_y + 66 - 5
     ink = [x for x in range(image.width) if image.getpixel((x, row)) == ImageColor.getrgb(picture.INK)]
     assert sum(ink) / len(ink) == pytest.approx(picture.LEFT + 0.75 * (picture.RIGHT - picture.LEFT), abs=1)
+
+
+@pytest.mark.parametrize("gib", range(1, 17))
+def test_a_size_in_the_bar_is_inside_its_use_and_no_line_crosses_it(texts, gib):
+    plan = stream_blocks(units(40), 20, 4)
+    drawn = picture.PlanPicture(predicted(plan, limit=gib * GIB), 6 * GIB, GIB, None)
+    image = drawn.draw("Title")
+    check_boxes(texts, image.size)
+    top = drawn.memory_y + 66
+    inside = [box for box, _ in texts if top < box[1] < top + picture.BAR_HEIGHT]
+    assert inside
+    for left, _, right, _ in inside:
+        assert len({image.getpixel((x, top + 3)) for x in range(round(left) - 4, round(right) + 4)}) == 1
 
 
 def test_bars_of_time_are_as_long_as_their_seconds():
@@ -239,12 +266,12 @@ def test_anything_can_be_drawn_and_no_text_overlaps(plan, numbers, total, others
 
 
 def check_boxes(boxes, size):
-    """All inside the picture, none over another."""
+    """All inside the margins, none over another."""
     boxes = [(box, text) for box, text in boxes if text]
     for (left, top, right, bottom), text in boxes:
-        assert left >= 0, text
+        assert left >= picture.LEFT - 3, text  # a letter may reach a little beyond where it stands
         assert top >= 0, text
-        assert right <= size[0], text
+        assert right <= picture.RIGHT + 3, text
         assert bottom <= size[1], text
     for (a, one), (b, other) in combinations(boxes, 2):
         apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
@@ -258,3 +285,11 @@ def test_numbers_of_blocks_are_readable_for_any_count(texts, count):
     heights = [box[3] - box[1] for box, text in texts if text.isdigit()]
     assert min(heights) >= 12
     assert image.height < 1600
+
+
+@pytest.mark.parametrize("reason", ["", "No room.", "word " * 300, "x" * 3000])
+def test_the_reason_why_there_is_no_plan_is_all_there(texts, reason):
+    image = blank_plan("Title " * 60, reason)
+    check_boxes(texts, image.size)
+    if " " in reason:
+        assert " ".join(text for _, text in texts[1:]).split() == reason.split()

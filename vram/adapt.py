@@ -22,6 +22,7 @@ FIRST_SLOTS = 3
 FIRST_SHARE = 0.6  # of what is free for units and activations, before activations are known
 MARGIN = 32 * MIB
 REGROW_AFTER = 8
+LOOKS = 2  # forwards after a measurement whose memory is looked at once more
 
 
 class Adapter:
@@ -29,8 +30,8 @@ class Adapter:
 
     A forward with larger inputs than any before is run with every unit streamed and is measured: what the allocator
     reserves beside the units, and, in adaptive mode, compute times and bandwidth. From the next forward on as many
-    units are resident as the limit holds. Adaptive mode then goes on watching the limit: what other programs take or
-    give back changes the plan; chunkwise keeps it.
+    units are resident as the limit holds. Adaptive mode then looks once more at what is really needed, and goes on watching
+    the limit: what other programs take or give back changes the plan; chunkwise keeps it.
     """
 
     def __init__(self, swap: Swap) -> None:
@@ -42,6 +43,7 @@ class Adapter:
         self._undecided = False
         self._beside = 0
         self._planned_budget = 0
+        self._looks = 0
         self._wait = 0
         self._margin = MARGIN if swap.device.type == "cuda" else 0
         self._measured_units: tuple[Unit, ...] = ()
@@ -88,6 +90,7 @@ class Adapter:
     def _begin_measuring(self, budget: int) -> None:
         swap = self.swap
         self._measuring = True
+        self._looks = 0
         if self._config.mode == "layerwise":
             on_cpu = swap.device.type != "cuda"  # where activations are not counted, and the rest neither
             swap.streamer.limit_floating(budget - (swap.rest_bytes if on_cpu else 0))
@@ -147,12 +150,27 @@ class Adapter:
         if budget < self._planned_budget - MARGIN:
             self._replan(budget)
             return
+        if self._looks < LOOKS:
+            self._looks += 1
+            if self._use_slack(budget):
+                return
         if budget > self._planned_budget + 4 * MARGIN and self._planned_budget < self._whole_need():
             self._wait -= 1
             if self._wait <= 0:
                 self._replan(budget)
         else:
             self._wait = REGROW_AFTER
+
+    def _use_slack(self, budget: int) -> bool:
+        """The measured forward reserved more beside its units than the last one did, in splinters that nobody needed: plan
+        again with what is really needed. True if that changed the plan."""
+        swap = self.swap
+        beside = self._peak_reserved - swap.streamer.device_bytes
+        if swap.device.type != "cuda" or not swap.plan.streamed or beside > self._beside - 4 * MARGIN:
+            return False
+        self._beside = beside
+        self._replan(budget)
+        return True
 
     def _whole_need(self) -> int:
         return self._beside + self._margin + sum(size.nbytes for size in self.swap._sizes)

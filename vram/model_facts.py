@@ -18,7 +18,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from .config import SwapConfig
 from .discover import WHOLE, NoBlocks, Scope, find_blocks, tensor_bytes
 from .families import Family, Sizes, recognise
 from .inspect_weights import FP8, Unreadable
+from .layout import plain_tensors
 from .model_files import SAFETENSORS_DTYPES
 from .model_headers import AGAIN, LONGEST_HEADER, ModelUnreadable, Weight, check_json, read_weights
 from .packing import PackedModel
@@ -353,3 +354,22 @@ def _shards_in(path: Path) -> list[str]:
             f"an index names .safetensors files beside it, up to {MOST_SHARDS}"
         )
     return names
+
+
+def facts_of_tensors(tensors: Mapping[str, torch.Tensor], name: str = "loaded model") -> ModelFacts:
+    """The facts of a model by the tensors of its state: names without prefix, as its modules have them. Tensors may be on the
+    meta device; a quantized one counts what it holds."""
+    weights = []
+    for path, tensor in tensors.items():
+        parts = list(plain_tensors(tensor))
+        dtype = str(parts[0].dtype).removeprefix("torch.")
+        quant = getattr(tensor, "quant_type", None)
+        weights.append(
+            Weight(
+                path,
+                dtype if quant is None else str(getattr(quant, "name", quant)),
+                tuple(tensor.shape),
+                sum(tensor_bytes(part) for part in parts),
+            )
+        )
+    return ModelFacts((name,), "", tuple(weights), 0)

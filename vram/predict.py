@@ -20,6 +20,7 @@ from .plan import (
     Plan,
     Timing,
     Unit,
+    allocated,
     by_block,
     choose,
     cut,
@@ -49,8 +50,8 @@ class Shape:
 class Costs:
     """Of a host's implementation of a family of models.
 
-    activation: bytes that the allocator reserves beside weights, for each token and unit of width, where it may; in_use:
-    bytes of them that are in use, with which it makes do under a tight limit; fixed: bytes besides.
+    activation: bytes that the allocator reserves beside weights, for each token and unit of width, where it may; least: with
+    which it makes do under a tight limit; fixed: bytes besides.
     passes: how often a block reads or writes a tensor of [tokens, width], two bytes an element, outside of products.
     weight_bytes: bytes read or written for each parameter outside of products (weights that are cast at each use).
     block_seconds: least time of a block, which is the host's own work. fp8_products: whether FP8 weights are multiplied
@@ -58,7 +59,7 @@ class Costs:
     """
 
     activation: float
-    in_use: float
+    least: float
     fixed: int
     passes: float
     block_seconds: float
@@ -94,7 +95,13 @@ class Prediction:
 
     @property
     def slot_bytes(self) -> int:
-        return self.plan.device_bytes - self.plan.resident_bytes
+        """Bytes of slots; what the allocator rounds resident units up by counts to those."""
+        plan = self.plan
+        return plan.device_bytes - sum(allocated(plan.units[index].nbytes) for index in plan.resident)
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.plan.device_bytes - self.slot_bytes
 
     @property
     def peak(self) -> int:
@@ -109,7 +116,7 @@ class Prediction:
     def describe(self) -> str:
         """In plain words, with numbers that add up."""
         return (
-            f"{format_bytes(self.peak)} of {format_bytes(self.limit)}: {format_bytes(self.plan.resident_bytes)} resident, "
+            f"{format_bytes(self.peak)} of {format_bytes(self.limit)}: {format_bytes(self.resident_bytes)} resident, "
             f"{format_bytes(self.slot_bytes)} slots, {format_bytes(self.beside)} beside the blocks, "
             f"{format_bytes(self.activations)} activations, {format_bytes(self.context)} CUDA context; "
             f"{self.seconds:.3f} s a forward (floor {self.floor:.3f} s, compute alone {self.compute:.3f} s); "
@@ -135,7 +142,7 @@ def work(
         products = 2 * (tokens * (count - text) + shape.text_tokens * text) / linear
         casts = costs.weight_bytes * count / card.memory
         seconds.append(max(costs.block_seconds, products + pairs + passes + casts))
-    activations, least = (round(rate * tokens * shape.width) + costs.fixed for rate in (costs.activation, costs.in_use))
+    activations, least = (round(rate * tokens * shape.width) + costs.fixed for rate in (costs.activation, costs.least))
     return Work(tuple(seconds), OUTSIDE * sum(seconds), activations, least)
 
 

@@ -74,7 +74,7 @@ def write_quantized(path: Path, checkpoint: Path) -> Path:
     if path.suffix == ".gguf":
         _write_gguf(path, weights)
     else:
-        save_file(_scaled_fp8(weights), path)
+        save_file(scaled_fp8(weights), path)
     return path
 
 
@@ -106,7 +106,7 @@ def _is_linear_in_block(name: str, tensor: torch.Tensor) -> bool:
     return "blocks." in name and name.endswith(".weight") and tensor.dim() == 2
 
 
-def _scaled_fp8(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def scaled_fp8(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Scaled FP8 as ComfyUI's older checkpoints have it; the empty `scaled_fp8` marks them."""
     scaled = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
     for name, weight in weights.items():

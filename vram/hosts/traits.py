@@ -36,12 +36,12 @@ WAN_TEXT = 512  # tokens that Wan's text is padded to
 CAST = 20.0  # bytes moved for each parameter that is cast and scaled at each use
 
 _PLAIN = {
-    COMFY: Costs(activation=33.8, in_use=21.2, fixed=55 * MIB, passes=170, block_seconds=2.2e-3),
-    WANVIDEO: Costs(activation=31.2, in_use=18.6, fixed=55 * MIB, passes=185, block_seconds=1.6e-3),
+    COMFY: Costs(activation=33.8, least=27.5, fixed=55 * MIB, passes=170, block_seconds=1.5e-3),
+    WANVIDEO: Costs(activation=31.2, least=25.5, fixed=55 * MIB, passes=185, block_seconds=1.6e-3),
 }
 _FP8 = {
-    COMFY: Costs(activation=40.6, in_use=26.2, fixed=50 * MIB, passes=220, block_seconds=6.2e-3, fp8_products=True),
-    WANVIDEO: Costs(activation=31.0, in_use=18.6, fixed=80 * MIB, passes=185, block_seconds=2.6e-3, weight_bytes=CAST),
+    COMFY: Costs(activation=40.6, least=33.5, fixed=50 * MIB, passes=220, block_seconds=4.3e-3, fp8_products=True),
+    WANVIDEO: Costs(activation=31.0, least=24.0, fixed=80 * MIB, passes=185, block_seconds=2.6e-3, weight_bytes=CAST),
 }
 
 

@@ -1,0 +1,106 @@
+"""``intelligent-vram plan``: what a model will take on this card or another, before it is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..vram import hardware
+from ..vram.advice_report import as_json, report
+from ..vram.advise import PRESETS, Wishes, advise
+from ..vram.device import NoDevice
+from ..vram.discover import NoBlocks
+from ..vram.hosts.traits import COMFY, HOSTS, tokens_of
+from ..vram.inspect_weights import Unreadable
+from ..vram.model_facts import read_model
+from ..vram.picture import draw_plan
+from ..vram.plan import LimitTooSmall
+from ..vram.units import GIB
+
+
+def add_parser(commands: Any) -> None:
+    """Register the subcommand."""
+    parser = commands.add_parser(
+        "plan",
+        help="predict VRAM, RAM and step time of a model file, and the plan, without loading it",
+        description=__doc__.splitlines()[0],
+        epilog="Exit status: 0 there is a plan, 1 it does not fit, 2 something could not be read or measured.",
+    )
+    parser.add_argument(
+        "model", nargs="+", type=Path, help="safetensors or GGUF; of a sharded model its index or any file"
+    )
+    parser.add_argument("--vram", type=_gib, metavar="GIB", help="what may be used in all; else chosen")
+    parser.add_argument("--ram", type=_gib, metavar="GIB", help="RAM, all of it free, instead of what is here")
+    parser.add_argument("--size", type=_size, default=(832, 480, 81), metavar="WxHxFRAMES", help="default 832x480x81")
+    parser.add_argument("--host", choices=HOSTS, default=COMFY, help="whose sampler runs it")
+    parser.add_argument("--device", default=None, help='"cuda", "cuda:1", "cpu", or a card by name: "RTX 4090"')
+    parser.add_argument("--card-vram", type=_gib, metavar="GIB", help="memory of the card, where it differs")
+    parser.add_argument("--bandwidth", type=float, metavar="GB/S", help="of page-locked copies to the card")
+    parser.add_argument("--throughput", type=float, metavar="TFLOPS", help="of 16-bit linear layers")
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="thresholds of IntelligentVRAMNode")
+    parser.add_argument("--png", type=Path, help="draw the plan")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, measure or look up, plan, print."""
+    try:
+        facts = read_model(args.model)
+        card = _card(args)
+        tokens = tokens_of(facts, *args.size)
+    except (Unreadable, NoDevice, hardware.NotMeasurable, ValueError) as error:
+        print(f"intelligent-vram plan: {error}", file=sys.stderr)
+        return 2
+    wishes = Wishes(max_vram=args.vram, **PRESETS.get(args.preset, {}))
+    try:
+        advice = advise(facts, card, wishes, tokens, args.host)
+    except (LimitTooSmall, NoBlocks) as error:
+        print(f"intelligent-vram plan: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(as_json(facts, card, advice, tokens, args.host)))
+    else:
+        print("\n".join(report(facts, card, wishes, advice, tokens, args.host)))
+    if args.png and advice.prediction is not None:
+        title = f"{facts.description} on {card.name}"
+        picture = draw_plan(
+            advice.prediction, card.device_total, title=title, others=card.others, block_lists=facts.block_lists
+        )
+        picture.save(args.png)
+    return 0
+
+
+def _card(args: argparse.Namespace) -> hardware.Hardware:
+    """The device that was asked for, measured if it is here, with the numbers that were given."""
+    name = args.device or "cuda"
+    here = re.fullmatch(r"(cuda|cpu)(:\d+)?", name)
+    if args.device is None:
+        import torch
+
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    card = hardware.measure(name) if here else hardware.card(name)
+    return card.with_(
+        device_total=args.card_vram,
+        host_total=args.ram,
+        to_device=args.bandwidth * 1e9 if args.bandwidth else None,
+        matmul=args.throughput * 1e12 if args.throughput else None,
+    )
+
+
+def _gib(text: str) -> int:
+    value = float(text)
+    if not 0 < value < 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text} is no size in GiB")
+    return round(value * GIB)
+
+
+def _size(text: str) -> tuple[int, int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} is not like 832x480x81 or 1024x1024")
+    return int(match[1]), int(match[2]), int(match[3] or 1)
