@@ -270,8 +270,8 @@ def test_two_experts_take_turns_over_many_prompts_in_the_same_memory(sampler: Sa
         assert high.streamed * low.streamed > 0
         assert (high.packed == low.packed == "0 B") is (count > 0)
         sizes.append(sampled.report["rss"])
-    # modes differ in what they need; the blocks of one expert are 22 MiB
-    assert max(sizes[6:]) - max(sizes[3:6]) < 8 << 20, sizes
+    # what a prompt leaves behind comes and goes with the collection of garbage; the blocks of one expert are 22 MiB
+    assert min(sizes[6:]) - min(sizes[3:6]) < 8 << 20, sizes
 
 
 # -- beside the wrapper's own block swap ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ Works with WanVideoWrapper 1.4; what is looked for is in wan_classes.py.
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -62,8 +63,9 @@ class Managed:
         self.guard: Guard | None = None
         self._packed: PackedModel | None = None
         self._run: weakref.ref[Run] | None = None
+        self._last: Settings | None = None  # of the run whose weights are packed and passed by
         self._told = 0
-        self._debug = False
+        self._debug = self._used = False
         self._busy = False
         self._pipelines: list[tuple[dict, list]] = []
         self._entry = InstancePatches()
@@ -101,6 +103,7 @@ class Managed:
         if isinstance(flag, Flag):
             self._begin(flag)
         run = self._run() if self._run is not None else None
+        self._last = run.settings if run is not None else self._last
         return run.settings if run is not None else None
 
     def _begin(self, flag: Flag) -> None:
@@ -109,6 +112,7 @@ class Managed:
         if self._run is not None and self._run() is flag.run():
             return
         self._run = flag.run
+        self._used = False
         self._settle()
         self._drop_guard()
         reason = _reason_to_refuse(self.transformer)
@@ -134,7 +138,7 @@ class Managed:
         self._active.restore()
         if self._packed is not None:
             forget_weights(self._packed)
-        self._packed = self._run = None
+        self._packed = self._run = self._last = None
 
     def _drop_guard(self) -> None:
         if self.guard is not None:
@@ -157,6 +161,8 @@ class Managed:
     def _named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The wrapper is about to load, move or offload parameters: all but those that are packed."""
         if not self._busy and not (self.swap is not None and self.swap.computing):
+            if self._used and not isinstance(self.transformer.__dict__.get("offload_txt_emb"), Flag):
+                gc.collect()  # a run that ended in an exception may live on in its traceback
             if self._settings() is None:
                 self._stand_down()
             elif self.guard is None:
@@ -233,7 +239,7 @@ class Managed:
         if self.swap is not None:
             self._tell()
             return False
-        settings = self._settings()
+        settings = self._settings() or self._last
         if settings is None:  # called by others than a sampler
             self._active.restore()
             return False
@@ -253,6 +259,7 @@ class Managed:
         finally:
             self._busy = False
         self._packed, self._told, self._debug = None, 0, settings.debug
+        self._used = True
         return True
 
     def _scope(self) -> Scope:
