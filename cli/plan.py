@@ -11,12 +11,12 @@ from typing import Any
 
 from ..vram import hardware
 from ..vram.advice_report import as_json, report
-from ..vram.advise import PRESETS, Wishes, advise
+from ..vram.advise import PRESETS, Advice, Wishes, advise
 from ..vram.device import NoDevice
 from ..vram.discover import NoBlocks
 from ..vram.hosts.traits import COMFY, HOSTS, tokens_of
 from ..vram.inspect_weights import Unreadable
-from ..vram.model_facts import read_model
+from ..vram.model_facts import ModelFacts, read_model
 from ..vram.picture import draw_plan
 from ..vram.plan import LimitTooSmall
 from ..vram.units import GIB
@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--vram", type=_gib, metavar="GIB", help="what may be used in all; else chosen")
     parser.add_argument("--ram", type=_gib, metavar="GIB", help="RAM, all of it free, instead of what is here")
-    parser.add_argument("--size", type=_size, default=(832, 480, 81), metavar="WxHxFRAMES", help="default 832x480x81")
+    parser.add_argument("--size", type=_size, metavar="WxHxFRAMES", help="default 832x480x81, of image models 832x480")
     parser.add_argument("--host", choices=HOSTS, default=COMFY, help="whose sampler runs it")
     parser.add_argument("--device", default=None, help='"cuda", "cuda:1", "cpu", or a card by name: "RTX 4090"')
     parser.add_argument("--card-vram", type=_gib, metavar="GIB", help="memory of the card, where it differs")
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         facts = read_model(args.model)
         card = _card(args)
-        tokens = tokens_of(facts, *args.size)
+        image = len(facts.sizes.patch_size or ()) == 2
+        tokens = tokens_of(facts, *(args.size or (832, 480, 1 if image else 81)))
     except (Unreadable, NoDevice, hardware.NotMeasurable, ValueError) as error:
         print(f"intelligent-vram plan: {error}", file=sys.stderr)
         return 2
@@ -66,12 +67,26 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(as_json(facts, card, advice, tokens, args.host)))
     else:
         print("\n".join(report(facts, card, wishes, advice, tokens, args.host)))
-    if args.png and advice.prediction is not None:
-        title = f"{facts.description} on {card.name}"
-        picture = draw_plan(
-            advice.prediction, card.device_total, title=title, others=card.others, block_lists=facts.block_lists
-        )
-        picture.save(args.png)
+    return _draw(args.png, facts, card, advice) if args.png else 0
+
+
+def _draw(path: Path, facts: ModelFacts, card: hardware.Hardware, advice: Advice) -> int:
+    """Write the picture. Returns the exit code."""
+    if advice.prediction is None:
+        print("intelligent-vram plan: no picture: nothing is predicted of this model", file=sys.stderr)
+        return 0
+    picture = draw_plan(
+        advice.prediction,
+        card.device_total,
+        title=f"{facts.description} on {card.name}",
+        others=card.others,
+        block_lists=facts.block_lists,
+    )
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        print(f"intelligent-vram plan: {path}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -87,8 +102,8 @@ def _card(args: argparse.Namespace) -> hardware.Hardware:
     return card.with_(
         device_total=args.card_vram,
         host_total=args.ram,
-        to_device=args.bandwidth * 1e9 if args.bandwidth else None,
-        matmul=args.throughput * 1e12 if args.throughput else None,
+        to_device=None if args.bandwidth is None else args.bandwidth * 1e9,
+        matmul=None if args.throughput is None else args.throughput * 1e12,
     )
 
 

@@ -86,6 +86,14 @@ def available_vram(card: Hardware) -> int:
     return max(0, reachable - int(RESERVE * card.device_total))
 
 
+def asked_limit(card: Hardware, limit: int) -> tuple[int, tuple[str, ...]]:
+    """The limit that a user gave, no more than the card has, and a remark where that is less."""
+    most = card.device_total if card.reachable is None else card.reachable + card.outside_torch
+    if limit <= most:
+        return limit, ()
+    return most, (f"{format_bytes(limit)} of VRAM were asked for; the card has {format_bytes(most)} for this process",)
+
+
 def context_of(card: Hardware) -> int:
     """Bytes of the process outside torch's allocator: as measured, or what is usual where that is not known."""
     return card.outside_torch or (CONTEXT if card.device != "cpu" else 0)
@@ -122,7 +130,9 @@ def advise(
 def _unpredicted(facts: ModelFacts | None, card: Hardware, wishes: Wishes) -> Advice:
     what = "no model is connected or named" if facts is None else f"{facts.description}: its family is not known"
     available, usable_ram = available_vram(card), int(USABLE_RAM * card.host_available)
-    limit = wishes.max_vram or (available if wishes.grow else min(available, int(wishes.threshold * card.device_total)))
+    limit, remarks = available if wishes.grow else min(available, int(wishes.threshold * card.device_total)), ()
+    if wishes.max_vram is not None:
+        limit, remarks = asked_limit(card, wishes.max_vram)
     count = wishes.blocks_to_swap + wishes.vace_blocks_to_swap
     config = SwapConfig(
         max_vram=limit,
@@ -133,7 +143,7 @@ def _unpredicted(facts: ModelFacts | None, card: Hardware, wishes: Wishes) -> Ad
         host_budget=min(usable_ram, card.pinnable) if wishes.dram else 0,
     )
     remark = f"{what}, so nothing is predicted; the engine measures the first step and plans then"
-    return Advice(config, None, available, usable_ram, (remark,))
+    return Advice(config, None, available, usable_ram, (remark, *remarks))
 
 
 class _Adviser:
@@ -190,7 +200,9 @@ class _Adviser:
     def _limits(self) -> list[int]:
         """Limits to look at, from the threshold to what is available."""
         if self.wishes.max_vram is not None:
-            return [self.wishes.max_vram]
+            limit, remark = asked_limit(self.card, self.wishes.max_vram)
+            self.remarks += remark
+            return [limit]
         first = min(int(self.wishes.threshold * self.card.device_total), self.available)
         count = min(LIMITS, (self.available - first) // STEP)
         return [first + (self.available - first) * index // max(1, count) for index in range(count + 1)]
@@ -225,9 +237,9 @@ class _Adviser:
                 f"RAM is too small by {format_bytes(missing)}: the streamed weights take {format_bytes(prediction.arena)} and "
                 f"{format_bytes(self.card.host_available)} are free. A model in FP8 or a GGUF file of half the size would fit"
             )
-        elif prediction.arena > (config.host_budget or 0):
+        elif prediction.arena > (config.host_budget or 0) and prediction.plan.streamed:
             self.remarks.append(
-                f"{format_bytes(prediction.arena - (config.host_budget or 0))} of the streamed weights will not be page-locked and "
+                f"{format_bytes(prediction.arena - (config.host_budget or 0))} of the weights will not be page-locked and "
                 "pass through a staging ring, which is slower than predicted"
             )
         return Advice(config, prediction, self.available, self.usable_ram, tuple(self.remarks))

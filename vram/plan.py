@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from .units import format_bytes
 
@@ -196,16 +196,20 @@ def fit(units: Sequence[Unit], budget: int, slots: int) -> Plan | None:
             break
         left -= size
         fewest += 1
+    smallest = [0, *accumulate(sorted(sizes))]
+    best: tuple[int, tuple[int, ...]] | None = None
     count, step = fewest, 2 * max(sizes, default=1)
-    while count <= len(units):
+    # sizes differ, so that more units may be fewer bytes
+    while count <= len(units) and (best is None or smallest[count] < best[0]):
         streamed = spread(len(units), count) if count else ()
         chosen = [sizes[index] for index in streamed]
         missing = total - sum(chosen) + min(slots, count) * max(chosen, default=0) - budget
-        if missing <= 0:
-            kept = set(range(len(units))).difference(streamed)
-            return _with_resident(units, sorted(kept), slots)
-        count = min(max(count + 1, count + missing // step), max(count + 1, len(units)))
-    return None
+        if missing <= 0 and (best is None or sum(chosen) < best[0]):
+            best = sum(chosen), streamed
+        count += 1 if best is not None else max(1, min(missing // step, len(units) - count))
+    if best is None:
+        return None
+    return _with_resident(units, sorted(set(range(len(units))).difference(best[1])), slots)
 
 
 def simulate(plan: Plan, timing: Timing, forwards: int = 4) -> float:

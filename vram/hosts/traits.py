@@ -7,13 +7,14 @@ The constants were measured on Wan 14B's blocks on one H200 with PyTorch 2.11, C
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import replace
 
 import torch
 
 from ..config import SwapConfig
-from ..discover import Scope
+from ..discover import NoBlocks, Scope
 from ..model_facts import ModelFacts, PackedSizes
 from ..predict import Costs, Shape
 from ..units import MIB
@@ -46,10 +47,15 @@ _FP8 = {
 
 
 def config_in(host: str, config: SwapConfig, lists: Collection[str]) -> SwapConfig:
-    """``config`` as ``host`` uses it for a model with these block lists."""
+    """``config`` as ``host`` uses it for a model with these block lists. Raises NoBlocks for a model that is not ``host``'s."""
     if host != WANVIDEO:
         return config
-    return replace(config, block_names=tuple(f".{name}" for name in WAN_BLOCKS if name in lists))
+    names = tuple(f".{name}" for name in WAN_BLOCKS if name in lists)
+    if not names:
+        raise NoBlocks(
+            f"WanVideoWrapper runs Wan models only, and this one has no list of blocks named {WAN_BLOCKS[0]}"
+        )
+    return replace(config, block_names=names)
 
 
 def sizes_in(host: str, facts: ModelFacts, config: SwapConfig) -> tuple[PackedSizes, int]:
@@ -87,7 +93,7 @@ def tokens_of(facts: ModelFacts, width: int, height: int, frames: int) -> int:
     shrink = 16 if facts.sizes.in_channels == 48 and facts.sizes.out_channels == 48 else 8
     patch = facts.sizes.patch_size or (1, 2, 2)
     depth, rows, columns = (1, *patch)[-3:] if len(patch) == 2 else patch
-    tokens = ((frames - 1) // 4 // depth + 1) * (height // shrink // rows) * (width // shrink // columns)
-    if frames < 1 or tokens < 1:
+    counts = ((frames - 1) // 4 // depth + 1, height // shrink // rows, width // shrink // columns)
+    if frames < 1 or min(counts) < 1:
         raise ValueError(f"{width}x{height} pixels and {frames} frames are less than one token of this model")
-    return tokens
+    return math.prod(counts)
