@@ -100,8 +100,8 @@ class BlockSwapWrapperWanVideo:
         config = chosen(plan, max_vram_gb, block_size_mb, swap_mode, empty_cache_freq)
         args = wanvideo.arguments(
             config,
-            blocks_to_swap=blocks_to_swap,
-            vace_blocks_to_swap=vace_blocks_to_swap,
+            blocks_to_swap=blocks_to_swap if plan is None else 0,
+            vace_blocks_to_swap=vace_blocks_to_swap if plan is None else 0,
             offload_txt_emb=offload_txt_emb,
             offload_img_emb=offload_img_emb,
             debug=block_swap_debug,

@@ -107,10 +107,14 @@ class IntelligentVRAMNode:
                     step=0.05,
                 ),
                 "offload_txt_emb": switch(
-                    False, "WanVideoWrapper: keep the text embedding in RAM between steps. Other models do not use it."
+                    False,
+                    "WanVideoWrapper, by block_swap_args: keep the text embedding in RAM between steps. Other models "
+                    "do not use it.",
                 ),
                 "offload_img_emb": switch(
-                    False, "WanVideoWrapper: keep the image embedding in RAM between steps. Other models do not use it."
+                    False,
+                    "WanVideoWrapper, by block_swap_args: keep the image embedding in RAM between steps. Other models "
+                    "do not use it.",
                 ),
                 "vace_blocks_to_swap": number(
                     "INT",
@@ -141,10 +145,6 @@ class IntelligentVRAMNode:
                 "model": ("MODEL,WANVIDEOMODEL", {"tooltip": "The model to plan for. It is not changed."}),
             },
         }
-
-    @classmethod
-    def IS_CHANGED(cls, **_: Any) -> float:
-        return float("nan")  # what is free changes
 
     def plan(
         self,

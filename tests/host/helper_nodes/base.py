@@ -41,6 +41,30 @@ class TestSink(EveryPrompt):
         return {}
 
 
+class TestTellReport(EveryPrompt):
+    """Tells a STRING as it is and, as JSON, the shape, dtype, least and greatest value of an IMAGE and how many shades
+    each of its rows has at most."""
+
+    FUNCTION = "tell"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"text": ("STRING", {"forceInput": True}), "picture": ("IMAGE",)}}
+
+    def tell(self, text: str, picture: torch.Tensor) -> dict:
+        rows = picture.mean(-1).flatten(0, 1).sort().values
+        about = {
+            "shape": list(picture.shape),
+            "dtype": str(picture.dtype).removeprefix("torch."),
+            "least": picture.min().item(),
+            "greatest": picture.max().item(),
+            "shades": 1 + int(rows.diff().ne(0).sum(-1).max()),
+        }
+        return {"ui": {"text": [text, json.dumps(about)]}}
+
+
 class Probe(EveryPrompt):
     """Tells, as JSON, what a model looks like after the node that `trigger` comes from has run.
 
