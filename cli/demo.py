@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from ..vram import LimitTooSmall, Swap, SwapConfig, attach, snapshot
-from ..vram.device import facts, host_to_device_bandwidth
+from ..vram.device import facts, host_to_device_bandwidth, resolve
 from ..vram.plan import MODES
-from ..vram.swap import resolve
 from ..vram.units import GIB, MIB, format_bytes
 from .timeline import Interval, draw_timeline
 from .wan import WAN_14B, WanConfig, WanModel, load_checkpoint, sample_inputs, write_checkpoint

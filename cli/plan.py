@@ -9,15 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..vram import hardware
-from ..vram.advice_report import as_json, report
+from ..vram.advice_report import as_json, picture, report
 from ..vram.advise import PRESETS, Advice, Wishes, advise
 from ..vram.device import NoDevice
 from ..vram.discover import NoBlocks
 from ..vram.hosts.traits import COMFY, HOSTS, tokens_of
 from ..vram.inspect_weights import Unreadable
 from ..vram.model_facts import ModelFacts, read_model
-from ..vram.picture import draw_plan
 from ..vram.plan import LimitTooSmall
 from ..vram.units import GIB
 
@@ -75,15 +76,8 @@ def _draw(path: Path, facts: ModelFacts, card: hardware.Hardware, advice: Advice
     if advice.prediction is None:
         print("intelligent-vram plan: no picture: nothing is predicted of this model", file=sys.stderr)
         return 0
-    picture = draw_plan(
-        advice.prediction,
-        card.device_total,
-        title=f"{facts.description} on {card.name}",
-        others=card.others,
-        block_lists=facts.block_lists,
-    )
     try:
-        picture.save(path)
+        picture(facts, card, advice).save(path)
     except (OSError, ValueError) as error:
         print(f"intelligent-vram plan: {path}: {error}", file=sys.stderr)
         return 2
@@ -92,12 +86,8 @@ def _draw(path: Path, facts: ModelFacts, card: hardware.Hardware, advice: Advice
 
 def _card(args: argparse.Namespace) -> hardware.Hardware:
     """The device that was asked for, measured if it is here, with the numbers that were given."""
-    name = args.device or "cuda"
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     here = re.fullmatch(r"(cuda|cpu)(:\d+)?", name)
-    if args.device is None:
-        import torch
-
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     card = hardware.measure(name) if here else hardware.card(name)
     return card.with_(
         device_total=args.card_vram,

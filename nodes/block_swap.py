@@ -55,8 +55,9 @@ def swap_inputs() -> dict[str, Any]:
     }
 
 
+PLAN = "INTELLIGENT_VRAM_PLAN"
 PLAN_INPUT = (
-    "INTELLIGENT_VRAM_PLAN",
+    PLAN,
     {"tooltip": "From Intelligent VRAM: used instead of the numbers here, but for empty_cache_freq."},
 )
 

@@ -8,13 +8,12 @@ from typing import Any
 import numpy
 import torch
 
-from ..vram.advice_report import report
+from ..vram.advice_report import picture, report
 from ..vram.advise import PRESETS, Advice, Wishes, advise
-from ..vram.picture import blank_plan, draw_plan
+from .block_swap import PLAN
 
 log = logging.getLogger(__name__)
 
-PLAN = "INTELLIGENT_VRAM_PLAN"
 NO_NAME = "(the connected model)"
 CUSTOM = "custom"
 
@@ -191,12 +190,7 @@ class IntelligentVRAMNode:
         missing = wanvideo.watch(arguments)
         if missing is not None:
             log.debug("block_swap_args will not stream: %s", missing)
-        title = f"{facts.description} on {card.name}" if facts is not None else card.name
-        if advice.prediction is None:
-            picture = blank_plan(title, advice.remarks[0])
-        else:
-            picture = draw_plan(
-                advice.prediction, card.device_total, title=title, others=card.others, block_lists=facts.block_lists
-            )
-        image = torch.from_numpy(numpy.array(picture.convert("RGB"), dtype=numpy.float32) / 255)[None]
+        image = torch.from_numpy(numpy.array(picture(facts, card, advice).convert("RGB"), dtype=numpy.float32) / 255)[
+            None
+        ]
         return arguments, advice, "\n".join(lines), image

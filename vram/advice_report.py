@@ -1,12 +1,15 @@
-"""A plan in words: for a log, a report of a node, a command line. Sizes add up."""
+"""A plan in words, as plain values and as a picture: for a log, a node, a command line. Sizes add up."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from PIL.Image import Image
+
 from .advise import Advice, Wishes
 from .hardware import Hardware
 from .model_facts import ModelFacts
+from .picture import blank_plan, draw_plan
 from .units import format_bytes
 
 
@@ -88,3 +91,13 @@ def as_json(facts: ModelFacts | None, card: Hardware, advice: Advice, tokens: in
             "ram": prediction.arena,
         }
     return result
+
+
+def picture(facts: ModelFacts | None, card: Hardware, advice: Advice) -> Image:
+    """The plan drawn; where nothing is predicted, why."""
+    title = f"{facts.description} on {card.name}" if facts is not None else card.name
+    if advice.prediction is None:
+        return blank_plan(title, advice.remarks[0])
+    return draw_plan(
+        advice.prediction, card.device_total, title=title, others=card.others, block_lists=facts.block_lists
+    )

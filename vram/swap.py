@@ -14,6 +14,7 @@ from torch import nn
 from . import limit
 from .adapt import Adapter
 from .config import SwapConfig
+from .device import resolve
 from .discover import WHOLE, Scope, Slotted, find_blocks, tensor_bytes
 from .gates import MARK, InstancePatches, gate, hide_from_compile, marked, stay
 from .link import open_link
@@ -26,14 +27,6 @@ from .telemetry import Telemetry
 from .units import format_bytes
 
 log = logging.getLogger(__name__)
-
-
-def resolve(device: torch.device | str) -> torch.device:
-    """``device`` with its index: "cuda" is the current CUDA device."""
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def attach(

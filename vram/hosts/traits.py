@@ -21,7 +21,7 @@ from ..units import MIB
 
 COMFY, WANVIDEO = "ComfyUI", "WanVideoWrapper"
 HOSTS = (COMFY, WANVIDEO)
-WAN_BLOCKS = ("blocks", "vace_blocks")
+WAN_BLOCKS = BLOCKS, VACE_BLOCKS = "blocks", "vace_blocks"
 WAN_SCOPE = Scope(
     outside=False,
     # an index into a list, which on the device would cost a synchronisation
@@ -52,9 +52,7 @@ def config_in(host: str, config: SwapConfig, lists: Collection[str]) -> SwapConf
         return config
     names = tuple(f".{name}" for name in WAN_BLOCKS if name in lists)
     if not names:
-        raise NoBlocks(
-            f"WanVideoWrapper runs Wan models only, and this one has no list of blocks named {WAN_BLOCKS[0]}"
-        )
+        raise NoBlocks(f"WanVideoWrapper runs Wan models only, and this one has no list of blocks named {BLOCKS}")
     return replace(config, block_names=names)
 
 
@@ -65,7 +63,7 @@ def sizes_in(host: str, facts: ModelFacts, config: SwapConfig) -> tuple[PackedSi
         sizes = facts.layers(config)
         return sizes, sizes.rest_bytes
     scope = replace(WAN_SCOPE, leave=WAN_SCOPE.leave | {"scale_weight"})  # it keeps scales as plain attributes
-    sizes = facts.layers(config, scope=scope, compute_dtype=torch.bfloat16, first=("vace_blocks",))
+    sizes = facts.layers(config, scope=scope, compute_dtype=torch.bfloat16, first=(VACE_BLOCKS,))
     whole = facts.layers(config, compute_dtype=torch.bfloat16)
     return sizes, whole.packed_bytes + whole.rest_bytes - sizes.packed_bytes
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from .traits import BLOCKS
+
 MODEL_MODULE = ".wanvideo.modules.model"
-BLOCKS, VACE_BLOCKS = "blocks", "vace_blocks"
 ATTRIBUTES = ("blocks_to_swap", "vace_blocks_to_swap", "prefetch_blocks", "patched_linear", "offload_txt_emb")
 DEVICES = ("main_device", "offload_device")
 METHODS = ("forward", "block_swap")

@@ -30,9 +30,9 @@ from ..swap import Swap, attach
 from .comfy import reason_to_pass
 from .comfy_state import HostProgress
 from .report import report
-from .traits import WAN_SCOPE, WANVIDEO, config_in
+from .traits import BLOCKS, VACE_BLOCKS, WAN_BLOCKS, WAN_SCOPE, WANVIDEO, config_in
 from .wan_arguments import KEY, Flag, Run, Settings, arguments, put_into, when_cloned
-from .wan_classes import BLOCKS, VACE_BLOCKS, examine, watch_classes
+from .wan_classes import examine, watch_classes
 from .wan_gguf import READERS, Readers, forget_weights
 
 __all__ = ["Managed", "arguments", "examine", "manage", "watch", "wrap"]
@@ -185,7 +185,7 @@ class Managed:
             self._settle()
             nn.Module._apply(transformer, fn, recurse=False)
             for name, child in transformer.named_children() if recurse else ():
-                if name not in (BLOCKS, VACE_BLOCKS):
+                if name not in WAN_BLOCKS:
                     child._apply(fn)
             return transformer
 
@@ -268,7 +268,7 @@ class Managed:
         return replace(WAN_SCOPE, leave=frozenset()) if compiled else WAN_SCOPE
 
     def _config(self, settings: Settings) -> Any:
-        lists = tuple(name for name in (BLOCKS, VACE_BLOCKS) if isinstance(self._list(name), nn.ModuleList))
+        lists = tuple(name for name in WAN_BLOCKS if isinstance(self._list(name), nn.ModuleList))
         config = config_in(WANVIDEO, settings.config, lists)
         asked = {BLOCKS: settings.blocks_to_swap, VACE_BLOCKS: settings.vace_blocks_to_swap}
         if not any(asked.values()):
@@ -285,7 +285,7 @@ class Managed:
         return getattr(self.transformer, name, None)
 
     def _blocks(self) -> Iterator[nn.Module]:
-        for name in (BLOCKS, VACE_BLOCKS):
+        for name in WAN_BLOCKS:
             yield from self._list(name) or ()
 
     def _tell(self, wait: bool = False) -> None:
