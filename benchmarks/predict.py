@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from intelligent_vram.cli.wan import WAN_14B, WanConfig, latent_shape_for_tokens
 from intelligent_vram.tests.host.wanvideo import scaled_fp8
-from intelligent_vram.vram import SwapConfig
+from intelligent_vram.vram import SwapConfig, hardware
 from intelligent_vram.vram.advise import Wishes, advise
 from intelligent_vram.vram.hosts.traits import COMFY, WANVIDEO
 from intelligent_vram.vram.memory import snapshot
@@ -38,7 +38,10 @@ from intelligent_vram.vram.units import GIB
 from safetensors.torch import load_file, save_file
 from wanvideo_host import ATTRIBUTES, NAME, Inputs, Run, Wrapper, default_paths, host_weights
 
-FORWARDS = 6  # of a run; the last half is measured
+
+def forwards(tokens: int) -> int:
+    """Of a run, the last half of which is measured: many where one takes little."""
+    return 24 if tokens < 4096 else 8
 
 
 @dataclass
@@ -56,8 +59,9 @@ class Row:
 
 
 def measured(swap: Swap, device: torch.device) -> tuple[int, float]:
-    """Peak of the process' device memory, and seconds of a forward, over the last forwards of a run."""
-    records = swap.telemetry.records(wait=True)[-FORWARDS // 2 :]
+    """Peak of the process' device memory, and seconds of a forward, over the later half of the forwards of a run."""
+    records = swap.telemetry.records(wait=True)
+    records = records[len(records) // 2 :]
     outside = snapshot(device).outside_torch
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else swap.device_bytes
     return reserved + outside, statistics.median(record.seconds for record in records)
@@ -89,7 +93,7 @@ class Hosts:
         text = [[torch.randn(1, 512, 4096, generator=torch.Generator().manual_seed(1)), {}]]
         try:
             comfy.sample.sample(
-                patcher, noise, FORWARDS, 1.0, "euler", "simple", text, text, latent, disable_pbar=True, seed=0
+                patcher, noise, forwards(tokens), 1.0, "euler", "simple", text, text, latent, disable_pbar=True, seed=0
             )
             return measured(patcher.swap, self.device)
         finally:
@@ -109,7 +113,7 @@ class Hosts:
             else:
                 run = self._scaled(transformer, weights, arguments)
             inputs = Inputs.sample(self.config, tokens, self.device)
-            for _ in range(FORWARDS):
+            for _ in range(forwards(tokens)):
                 run.forward(inputs)
             figures = measured(managed.swap, self.device)
             run.end()
@@ -165,7 +169,7 @@ def accuracy(hosts: Hosts, args: argparse.Namespace) -> list[Row]:
             attempt(run, dtype, min(args.tokens), SwapConfig())  # loads kernels, which are device memory too
             for tokens in args.tokens:
                 for limit in (int(limit * GIB) for limit in args.limits):
-                    card, attention = measure()
+                    card, attention = measure(name)
                     try:
                         wishes = Wishes(max_vram=limit)
                         advice = advise(read_model(file), card, wishes, tokens, name, attention)
@@ -240,6 +244,7 @@ def main() -> None:
     config = WanConfig(dim=args.dim, ffn_dim=args.ffn_dim, num_heads=args.heads, num_layers=args.blocks)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         hosts = Hosts(Path(folder), config, torch.device(args.device))
+        print("\n".join(hardware.measure(args.device).describe()), flush=True)
         result = sweep(hosts, args) if args.sweep else [vars(row) for row in accuracy(hosts, args)]
     if args.json:
         Path(args.json).write_text(json.dumps(result))

@@ -15,6 +15,7 @@ from .block_swap import PLAN
 log = logging.getLogger(__name__)
 
 NO_NAME = "(the connected model)"
+SIZE, LAST_RUN = "the size below", "the last run"
 CUSTOM = "custom"
 
 
@@ -125,6 +126,14 @@ class IntelligentVRAMNode:
                 "debug_mode": switch(
                     False, "Write the report, and for WanVideoWrapper a line for each forward, to the log."
                 ),
+                "predict_for": (
+                    [SIZE, LAST_RUN],
+                    {
+                        "default": SIZE,
+                        "tooltip": "the size below: from what this card does in a second. the last run: from what this model's "
+                        "last run in this session took, through a Block Swap Wrapper or block_swap_args; for the same again.",
+                    },
+                ),
                 "width": number(
                     "INT", 832, 16, 16384, "Of the video or image that is predicted for, in pixels.", step=16
                 ),
@@ -145,6 +154,12 @@ class IntelligentVRAMNode:
             },
         }
 
+    @classmethod
+    def IS_CHANGED(cls, predict_for: str = SIZE, **_: Any) -> int:
+        from ..vram import last_runs
+
+        return last_runs.number() if predict_for == LAST_RUN else 0
+
     def plan(
         self,
         preset: str,
@@ -159,6 +174,7 @@ class IntelligentVRAMNode:
         offload_img_emb: bool,
         vace_blocks_to_swap: int,
         debug_mode: bool,
+        predict_for: str,
         width: int,
         height: int,
         num_frames: int,
@@ -178,9 +194,9 @@ class IntelligentVRAMNode:
         )
         facts = planning.choose_facts(model, None if model_name == NO_NAME else model_name)
         host = planning.choose_host(model, facts)
-        card, attention = planning.measure()
+        card, attention = planning.measure(host)
         tokens = traits.tokens_of(facts, width, height, num_frames) if facts is not None else 0
-        advice = advise(facts, card, wishes, tokens, host, attention)
+        advice = advise(facts, card, wishes, tokens, host, attention, as_last_run=predict_for == LAST_RUN)
         lines = report(facts, card, wishes, advice, tokens, host)
         for line in lines if debug_mode else ():
             log.info("[VRAM] %s", line)

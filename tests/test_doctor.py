@@ -47,6 +47,14 @@ def write(path: Path, *tensors: tuple, ends_at: int = 0, metadata: dict | None =
     return path
 
 
+ENTRY = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+def headed(encoded: bytes) -> bytes:
+    """A header of safetensors with its length before it."""
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
 def kinds(report: Report) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for issue in report.issues:
@@ -113,8 +121,10 @@ def test_a_header_of_odd_length_splits_elements(tmp_path):
         ([("w", "F32", (8, 8)), ("b", "F32", (8,), 272, 304)], None, {"gap": ["b"]}),
         ([("w", "F32", (8, 8)), ("b", "F32", (8,), 240, 272)], None, {"overlap": ["b"]}),
         ([("w", "F32", (8, 8), 0, 240)], None, {"malformed": ["w"]}),
+        ([("w", "F32", (-2, -2), 0, 16)], None, {"malformed": ["w"]}),
+        ([("w", "F32", (2**40, 2**40), 0, 16)], None, {"malformed": ["w"]}),
     ],
-    ids=["cut in the last", "cut in the first", "bytes after", "bytes between", "overlap", "size"],
+    ids=["cut in the last", "cut in the first", "bytes after", "bytes between", "overlap", "size", "negative", "huge"],
 )
 def test_a_broken_file_is_at_fault_and_safetensors_refuses_it_too(tmp_path, tensors, size, expected):
     path = write(tmp_path / "a.safetensors", *tensors, size=size)
@@ -145,8 +155,31 @@ def test_a_file_of_any_size_is_inspected_by_its_header(tmp_path):
         ((9).to_bytes(8, "little") + b"not json!", "not one of safetensors"),
         ((2).to_bytes(8, "little") + b"[]", "not one of safetensors"),
         ((22).to_bytes(8, "little") + b'{"w": {"dtype":"F32"}}', "not one of safetensors"),
+        (headed(b"[" * 200_000 + b"]" * 200_000), "not one of safetensors"),
+        (headed(b'{"a":' * 100_000), "not one of safetensors"),
+        (headed(b'{"w":%s,"w":%s}' % (ENTRY, ENTRY)) + bytes(4), "the name w is twice in it"),
+        (headed(b'{"w":%s,"\\u0077":%s}' % (ENTRY, ENTRY)) + bytes(4), "the name w is twice in it"),
+        (headed(b'{"w":%s}' % ENTRY.replace(b"4]", b"4,4]")) + bytes(4), "not one of safetensors"),
+        (headed(b'{"w":%s}' % ENTRY.replace(b"4]", b"4.0]")) + bytes(4), "4.0 is no whole number"),
+        (headed(b'{"w":%s}' % ENTRY.replace(b"[1]", b"[1e999]")) + bytes(4), "inf is no whole number"),
+        (headed(b'{"w":%s}' % ENTRY.replace(b"[1]", b"[true]")) + bytes(4), "True is no whole number"),
+        (
+            headed(b'{"w":%s}' % ENTRY.replace(b"[1]", b"[1%s]" % (b"0" * 4000))) + bytes(4),
+            "is no whole number of 64 bits",
+        ),
     ],
-    ids=["empty", "LFS", "HTML", "cut in the header", "not JSON", "a list", "no offsets"],
+    ids=[
+        *("empty", "LFS", "HTML", "cut in the header", "not JSON", "a list", "no offsets", "nested", "nested objects"),
+        *(
+            "a name twice",
+            "a name twice, written otherwise",
+            "three offsets",
+            "a fraction",
+            "infinity",
+            "true",
+            "4000 digits",
+        ),
+    ],
 )
 def test_what_is_no_model_is_refused_with_the_reason(tmp_path, content, message):
     path = tmp_path / "a.safetensors"
@@ -200,6 +233,13 @@ def test_a_scale_that_is_missing_is_a_fault_where_one_was_promised(tmp_path, ten
     assert kinds(report)["fp8_no_scale"] == ["l.weight"]
     whole = write(tmp_path / "b.safetensors", weight, *tensors, ("l.weight_scale", "F32", ()), metadata=metadata)
     assert "fp8_no_scale" not in kinds(inspect_file(whole))
+
+
+def test_metadata_that_is_not_comfyui_s_is_refused(tmp_path):
+    for number, text in enumerate(("[", "[" * 200_000, '{"layers": 3}')):
+        path = write(tmp_path / f"{number}.safetensors", metadata={"_quantization_metadata": text})
+        with pytest.raises(Unreadable, match="_quantization_metadata is not ComfyUI's"):
+            inspect_file(path)
 
 
 def test_fp8_weights_that_were_only_cast_have_no_scales_and_no_fault(tmp_path):

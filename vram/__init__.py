@@ -4,7 +4,7 @@ from .config import SwapConfig
 from .discover import NoBlocks
 from .memory import MemorySnapshot, snapshot
 from .packing import PackedModel, Patches
-from .plan import LimitTooSmall, Plan, preset
+from .plan import LimitTooSmall, Plan
 from .swap import Swap, attach
 from .telemetry import ForwardRecord
 
@@ -19,6 +19,5 @@ __all__ = [
     "Swap",
     "SwapConfig",
     "attach",
-    "preset",
     "snapshot",
 ]

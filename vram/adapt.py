@@ -22,7 +22,7 @@ FIRST_SLOTS = 3
 FIRST_SHARE = 0.6  # of what is free for units and activations, before activations are known
 MARGIN = 32 * MIB
 REGROW_AFTER = 8
-LOOKS = 2  # forwards after a measurement whose memory is looked at once more
+LOOKS = 3  # forwards after each plan whose memory is looked at once more
 
 
 class Adapter:
@@ -30,7 +30,7 @@ class Adapter:
 
     A forward with larger inputs than any before is run with every unit streamed and is measured: what the allocator
     reserves beside the units, and, in adaptive mode, compute times and bandwidth. From the next forward on as many
-    units are resident as the limit holds. Adaptive mode then looks once more at what is really needed, and goes on watching
+    units are resident as the limit holds. Adaptive mode then looks again at what is really needed, until that changes nothing, and goes on watching
     the limit: what other programs take or give back changes the plan; chunkwise keeps it.
     """
 
@@ -131,6 +131,16 @@ class Adapter:
         self._beside = on_device
         self._undecided = True
 
+    @property
+    def beside(self) -> int | None:
+        """Bytes that the process reserved beside units in a forward like the last one; None before one was measured."""
+        return None if self._largest < 0 or self._measuring else self._beside
+
+    @property
+    def measured(self) -> tuple[Timing, tuple[Unit, ...]] | None:
+        """Compute times that were measured, and the units that they belong to."""
+        return None if self._timing is None else (self._timing, self._measured_units)
+
     def evicted(self) -> None:
         """Resident units were given back on request: they do not come back at once."""
         self._wait = REGROW_AFTER
@@ -153,6 +163,7 @@ class Adapter:
         if self._looks < LOOKS:
             self._looks += 1
             if self._use_slack(budget):
+                self._looks = 0
                 return
         if budget > self._planned_budget + 4 * MARGIN and self._planned_budget < self._whole_need():
             self._wait -= 1

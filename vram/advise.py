@@ -12,11 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from . import last_runs
 from .config import DEFAULT_BLOCK_SIZE, SwapConfig
 from .hardware import CONTEXT, Hardware
 from .hosts import traits
+from .last_runs import LastRun
 from .model_facts import ModelFacts, PackedSizes
-from .plan import LimitTooSmall
+from .plan import LimitTooSmall, within
 from .predict import Prediction, Work, predict, work
 from .units import MIB, format_bytes
 
@@ -106,10 +108,12 @@ def advise(
     tokens: int,
     host: str,
     attention: float | None = None,
+    as_last_run: bool = False,
 ) -> Advice:
     """The best configuration for ``facts`` on ``card``, for ``tokens`` tokens in ``host`` (see hosts/traits.py).
 
-    ``attention``: FLOP/s of the host's own attention where that was measured. Of no model, or one of an unknown family,
+    ``attention``: FLOP/s of the host's own attention where that was measured. ``as_last_run``: for the same as the model's last
+    run in this process, whatever ``tokens`` says, where it has run. Of no model, or one of an unknown family,
     nothing is predicted: the engine measures its first step. Raises NoBlocks, and LimitTooSmall where the card does not hold
     even the smallest plan.
     """
@@ -119,12 +123,29 @@ def advise(
     base = traits.config_in(host, SwapConfig(block_size=wishes.block_size), facts.block_lists)
     sizes, beside = traits.sizes_in(host, facts, base)
     amount = work(facts.block_parameters, shape, traits.costs_of(host, facts), card, tokens, attention)
+    remarks: tuple[str, ...] = ()
+    if as_last_run:
+        run = last_runs.find(sizes.layers)
+        amount = amount if run is None else run.work(beside)
+        remarks = (_words(run),)
     advice = _Adviser(facts, card, wishes, sizes, beside, amount).advise(base)
+    advice = replace(advice, remarks=(*remarks, *advice.remarks))
     if facts.family not in traits.MEASURED:
         known = ", ".join(traits.MEASURED)
         remark = f"the constants behind time and activations were measured with {known}, not with {facts.family}"
         advice = replace(advice, remarks=(*advice.remarks, remark))
     return advice
+
+
+def _words(run: LastRun | None) -> str:
+    if run is None:
+        return (
+            "this model has not run through block swap in this session, so the size is predicted for, not the last run"
+        )
+    return (
+        f"predicted for the same as the model's last run: {run.seconds:.3f} s of compute a forward, {format_bytes(run.beside)} beside "
+        "the units"
+    )
 
 
 def _unpredicted(facts: ModelFacts | None, card: Hardware, wishes: Wishes) -> Advice:
@@ -161,6 +182,7 @@ class _Adviser:
         self.available = available_vram(card)
         self.usable_ram = int(USABLE_RAM * card.host_available)
         self.remarks: list[str] = []
+        self._link = card.to_device * (1.0 if wishes.auto else wishes.bandwidth)
 
     def advise(self, base: SwapConfig) -> Advice:
         """The configuration for what the user chose, at the limit that is best."""
@@ -190,12 +212,18 @@ class _Adviser:
         low, high = 0, len(limits) - 1
         while low < high:
             middle = (low + high) // 2
-            prediction = self._try(config, limits[middle])
-            if prediction is None or prediction.seconds > (1 + WORTH) * most.seconds:
+            fast = (1 + WORTH) * most.seconds
+            prediction = self._try(config, limits[middle]) if self._floor(limits[middle]) <= fast else None
+            if prediction is None or prediction.seconds > fast:
                 low = middle + 1
             else:
                 high, best = middle, prediction
         return best
+
+    def _floor(self, limit: int) -> float:
+        """Seconds that a forward takes at least to copy what ``limit`` cannot hold."""
+        held = limit - context_of(self.card) - self.beside - self.work.least
+        return (self.sizes.packed_bytes - held) / self._link
 
     def _limits(self) -> list[int]:
         """Limits to look at, from the threshold to what is available."""
@@ -214,21 +242,17 @@ class _Adviser:
             return None
 
     def _predict(self, config: SwapConfig, limit: int) -> Prediction:
-        share = 1.0 if self.wishes.auto else self.wishes.bandwidth
-        link = self.card.to_device * share
-        return predict(self.sizes.layers, config, limit, self.work, self.beside, link, context_of(self.card))
+        return predict(self.sizes.layers, config, limit, self.work, self.beside, self._link, context_of(self.card))
 
     def _blocks(self) -> int | None:
         wishes = self.wishes
         if not wishes.blocks_to_swap and not wishes.vace_blocks_to_swap:
             return None
         vace = sum(count for name, count in self.facts.block_lists.items() if name.startswith("vace"))
-        there = {"blocks": len(self.facts.blocks) - vace, "VACE blocks": vace}
         asked = {"blocks": wishes.blocks_to_swap, "VACE blocks": wishes.vace_blocks_to_swap}
-        for name, count in asked.items():
-            if count > there[name]:
-                self.remarks.append(f"{count} {name} are to be streamed, but the model has {there[name]}")
-        return sum(min(count, there[name]) for name, count in asked.items())
+        count, remarks = within(asked, {"blocks": len(self.facts.blocks) - vace, "VACE blocks": vace})
+        self.remarks += remarks
+        return count
 
     def _advice(self, config: SwapConfig, prediction: Prediction) -> Advice:
         missing = prediction.arena - self.card.host_available

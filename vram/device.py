@@ -62,6 +62,7 @@ class Rates:
     matmul_fp8: Rate | None
     attention: Rate | None
     memory: Rate | None
+    calls: Rate | None
 
     @property
     def limited(self) -> bool:
@@ -147,7 +148,7 @@ def measure_rates(device: torch.device | str) -> Rates:
     device = resolve(device)
     capability = facts(device).capability
     if room(device) <= 0:
-        return Rates(None, None, None, None, None, None)
+        return Rates(None, None, None, None, None, None, None)
     dtype = compute_dtype(device.type, capability)
     make = partial(_random, torch.Generator(device).manual_seed(0), device)
     products = ((256, 512, 512), (1024, 1536, 1536), (2048, 3072, 3072), (4096, 5120, 5120), (4096, 13824, 5120))
@@ -159,12 +160,13 @@ def measure_rates(device: torch.device | str) -> Rates:
                 fp8 = _rate([_fp8_work(make, *shape) for shape in products], device, seconds=0.08)
         attention = _attention_rate(make, dtype, device, functional.scaled_dot_product_attention)
         memory = _rate([_memory_work(device, size * MIB) for size in (4, 32, 256)], device, seconds=0.04)
+        calls = _rate([_calls_work(make, dtype)], device, seconds=0.05)
         with _copy_stream(device):
             links = [
                 _rate([_copy_work(device, way, size * MIB) for size in (16, 64)], device, seconds=0.08)
                 for way in (True, False)
             ]
-    return Rates(*links, matmul, fp8, attention, memory)
+    return Rates(*links, matmul, fp8, attention, memory, calls)
 
 
 @lru_cache(maxsize=16)
@@ -246,6 +248,23 @@ def _memory_work(device: torch.device, size: int) -> _Work:
         return partial(torch.mul, source, 0.5, out=torch.empty_like(source))
 
     return _Work(2.0 * size, 2 * size, prepare, fair=size >= 256 * MIB)
+
+
+def _calls_work(make: Callable[..., torch.Tensor], dtype: torch.dtype) -> _Work:
+    """Operations on tensors so small that starting them is all the work: what the host's Python does for each."""
+    rounds = 64
+
+    def prepare() -> Callable[[], object]:
+        x, weight = make(dtype, 16, 64), make(dtype, 64, 64)
+
+        def run() -> None:
+            y = x
+            for _ in range(rounds):
+                y = functional.layer_norm(functional.linear(y, weight), (64,)) * 0.5 + x
+
+        return run
+
+    return _Work(4.0 * rounds, 1 << 16, prepare)
 
 
 def _copy_work(device: torch.device, to_device: bool, size: int) -> _Work:

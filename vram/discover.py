@@ -37,11 +37,13 @@ class Scope:
     outside: also what lies outside the blocks; if not, its host goes on placing that.
     leave: names of parameters and buffers in blocks that stay where they are.
     called_alone: names of parts of a block that are also called by others than the block.
+    whole: names of parts that compute with the weights of their children without calling them.
     """
 
     outside: bool = True
     leave: frozenset[str] = frozenset()
     called_alone: frozenset[str] = frozenset()
+    whole: frozenset[str] = frozenset()
 
 
 WHOLE = Scope()
@@ -134,12 +136,15 @@ def _computes_elsewhere(module: nn.Module) -> bool:
     )
 
 
-def layers_of(module: nn.Module, path: str, block: int | None, skip: Sequence[str] = ()) -> Iterator[Layer]:
-    """The layers of ``module`` in order of definition: its leaves and atomic modules that hold tensors, and each other
-    module that holds tensors itself (with those only). Subtrees whose path is in ``skip`` are left out."""
+def layers_of(
+    module: nn.Module, path: str, block: int | None, skip: Sequence[str] = (), whole: frozenset[str] = frozenset()
+) -> Iterator[Layer]:
+    """The layers of ``module`` in order of definition: its leaves and atomic modules that hold tensors, modules named in
+    ``whole``, and each other module that holds tensors itself (with those only). Subtrees whose path is in ``skip`` are left
+    out."""
     if path in skip:
         return
-    if _is_atomic(module):
+    if path.rpartition(".")[2] in whole or _is_atomic(module):
         tensors = [
             slotted
             for name, child in module.named_modules()
@@ -152,7 +157,7 @@ def layers_of(module: nn.Module, path: str, block: int | None, skip: Sequence[st
     if own:
         yield Layer(path, module, block, own, around=True)
     for name, child in module.named_children():
-        yield from layers_of(child, f"{path}.{name}" if path else name, block, skip)
+        yield from layers_of(child, f"{path}.{name}" if path else name, block, skip, whole)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -213,7 +218,9 @@ def take_apart(root: nn.Module, names: Sequence[str] | None = None, scope: Scope
     for index, (path, block) in enumerate(blocks):
         compiled = is_compiled(block)
         layers = (
-            _layers_of_compiled(block, path, index, scope.called_alone) if compiled else layers_of(block, path, index)
+            _layers_of_compiled(block, path, index, scope.called_alone)
+            if compiled
+            else layers_of(block, path, index, whole=scope.whole)
         )
         for layer in layers:
             if id(layer.module) not in seen:
@@ -223,7 +230,7 @@ def take_apart(root: nn.Module, names: Sequence[str] | None = None, scope: Scope
     outside: list[Layer] = []
     if scope.outside:
         paths = [path for path, _ in blocks]
-        outside = [layer for layer in layers_of(root, "", None, skip=paths) if id(layer.module) not in seen]
+        outside = [layer for layer in layers_of(root, "", None, paths, scope.whole) if id(layer.module) not in seen]
     meta = [slotted.path for layer in [*outside, *inside] for slotted in layer.tensors if slotted.tensor.is_meta]
     if meta:
         raise ValueError(

@@ -31,9 +31,12 @@ ATTENTION_OF_MATMUL = 0.75
 FLOP_PER_BYTE = 160
 """For a card of which only numbers are given: attention's FLOP/s over those of linear layers, and the latter over
 bytes/s of device memory; about what the cards of the table have in the middle."""
+CALLS = 150_000.0
+"""Operations a second that Python is taken to start where that is not measured."""
 
 MEASURED = "measured"
 GIVEN = "given"
+ASSUMED = "assumed"
 IN_PROPORTION = "given, in proportion"
 TOO_FULL = "too little free memory to measure"
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -44,7 +47,9 @@ _RATES = {
     "matmul_fp8": "FP8 linear layers",
     "attention": "{dtype} attention, head width 128",
     "memory": "elementwise pass over device memory",
+    "calls": "operations that Python starts",
 }
+_UNITS = {"matmul": "FLOP/s", "matmul_fp8": "FLOP/s", "attention": "FLOP/s", "calls": "/s"}
 _SIZES = ("device_total", "host_total", "host_available", "pinnable")
 
 
@@ -66,7 +71,7 @@ class Hardware:
     of a diffusion transformer's size in ``dtype`` (bf16, fp16 before compute capability 8.0, fp32 on a CPU),
     ``matmul_fp8`` the same by ``torch._scaled_mm`` (None where there are no such kernels), ``attention`` is
     scaled_dot_product_attention over a long sequence at head width 128, ``memory`` is bytes read and written by an
-    elementwise pass. ``source`` tells in words where each of these comes from: "measured...", "table...", "given...".
+    elementwise pass, ``calls`` operations that Python starts in a second. ``source`` tells in words where each of these comes from: "measured...", "table...", "given...".
     """
 
     name: str
@@ -87,6 +92,7 @@ class Hardware:
     matmul_fp8: float | None
     attention: float
     memory: float
+    calls: float
     source: Mapping[str, str] = field(hash=False)
     notes: tuple[str, ...] = ()
 
@@ -141,7 +147,7 @@ class Hardware:
             f"{format_bytes(self.pinnable)} may be page-locked"
         )
         for name, words in _RATES.items():
-            unit = "FLOP/s" if name in ("matmul", "matmul_fp8", "attention") else "B/s"
+            unit = _UNITS.get(name, "B/s")
             value = getattr(self, name)
             text = "none" if value is None else format_rate(value, unit)
             lines.append(f"{words.format(dtype=self.dtype)}: {text} ({self.source[name]})")
@@ -159,7 +165,9 @@ class Hardware:
 
 def format_rate(value: float, unit: str) -> str:
     """A rate as a person reads it, in powers of ten as makers state it: ``55.3 GB/s``, ``162 TFLOP/s``."""
-    scale, letter = next(((s, n) for s, n in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if value >= s), (1.0, ""))
+    scale, letter = next(
+        ((s, n) for s, n in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if value >= s), (1.0, "")
+    )
     return f"{value / scale:.{1 if value < 100 * scale else 0}f} {letter}{unit}"
 
 
@@ -232,6 +240,8 @@ def _value(name: str, found: Rates, here: DeviceFacts) -> tuple[float | None, st
     rate: Rate | None = getattr(found, name)
     if rate is not None and rate.fair:
         return rate.value, f"{MEASURED}, {rate.note}" if rate.note else MEASURED
+    if name == "calls":
+        return CALLS, ASSUMED
     if name == "matmul_fp8" and rate is None and found.matmul is not None and found.matmul.fair:
         return None, "no such kernels"
     if name in ("to_device", "to_host") and here.pcie and here.pcie[0] in cards.PCIE_LANE:
@@ -287,7 +297,12 @@ def card(text: str) -> Hardware:
     entry = cards.find(text)
     values = _of_table(entry)
     return _elsewhere(
-        entry.name, entry.capability, entry.vram, **values, source=dict.fromkeys(values, f"table: {entry.name}")
+        entry.name,
+        entry.capability,
+        entry.vram,
+        **values,
+        calls=CALLS,
+        source=dict.fromkeys(values, f"table: {entry.name}") | {"calls": ASSUMED},
     )
 
 
@@ -307,6 +322,8 @@ def of_numbers(device_total: int, to_device: float, matmul: float, **numbers: in
         matmul_fp8=None,
         attention=matmul * ATTENTION_OF_MATMUL,
         memory=matmul / FLOP_PER_BYTE,
-        source=dict.fromkeys(_RATES, IN_PROPORTION) | {"to_device": GIVEN, "matmul": GIVEN, "matmul_fp8": "not given"},
+        calls=CALLS,
+        source=dict.fromkeys(_RATES, IN_PROPORTION)
+        | {"to_device": GIVEN, "matmul": GIVEN, "matmul_fp8": "not given", "calls": ASSUMED},
     )
     return plain.with_(**numbers)

@@ -218,7 +218,7 @@ def promised_scales(facts: Mapping[str, Facts], metadata: Mapping[str, Any]) -> 
     try:
         layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
         promised = {f"{layer}.weight": "_quantization_metadata" for layer in layers}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise Unreadable(f"its _quantization_metadata is not ComfyUI's ({error!r}). Quantize the model anew") from None
     promised |= {name.removesuffix("comfy_quant") + "weight": name for name in facts if name.endswith(".comfy_quant")}
     marks = [name.removesuffix("scaled_fp8") for name in facts if name.split(".")[-1] == "scaled_fp8"]

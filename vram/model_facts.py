@@ -19,7 +19,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -29,11 +29,10 @@ from .config import SwapConfig
 from .discover import WHOLE, NoBlocks, Scope, find_blocks, tensor_bytes
 from .families import Family, Sizes, recognise
 from .inspect_weights import FP8, Unreadable
-from .layout import plain_tensors
+from .layout import align, plain_tensors
 from .model_files import SAFETENSORS_DTYPES
 from .model_headers import AGAIN, LONGEST_HEADER, ModelUnreadable, Weight, check_json, read_weights
-from .packing import PackedModel
-from .plan import LayerSize
+from .plan import LayerSize, arrange
 from .rest import sort_tensors
 from .stand_in import Sized, stand_in
 
@@ -57,11 +56,13 @@ MOST_SHARDS = 1000
 @dataclass(frozen=True)
 class PackedSizes:
     """What the engine makes of a model: ``layers`` that it packs, in order, as planning takes them, with their ``paths``;
-    and the bytes of the ``rest``, which is on the device all the time."""
+    the bytes of the ``rest``, which it keeps on the device all the time; and of all weights ``beside`` the packed ones, whoever
+    places them."""
 
     layers: tuple[LayerSize, ...]
     paths: tuple[str, ...]
     rest_bytes: int
+    beside_bytes: int
 
     @property
     def packed_bytes(self) -> int:
@@ -111,11 +112,7 @@ class ModelFacts:
     @cached_property
     def parameters(self) -> int:
         """Number of parameters, without the scales of quantized ones."""
-        return sum(
-            math.prod(shape)
-            for name, shape in self._shapes.items()
-            if not _is_scale(name) and name.rpartition(".")[2] not in MARKS
-        )
+        return sum(math.prod(self._shapes[weight.name]) for weight in self._loaded if not _is_scale(weight.name))
 
     @cached_property
     def bytes_by_dtype(self) -> dict[str, int]:
@@ -223,29 +220,39 @@ class ModelFacts:
                 dtype = compute_dtype
             return weight.nbytes if dtype is None else weight.elements * dtype.itemsize
 
-        as_in_files = compute_dtype is None and dtype_of is None and not first
-        root = self._as_in_files if as_in_files else self._stand_in(nbytes, first)
+        sizes = [nbytes(weight) for weight in self._loaded]
+        reordered = [name for name in first if any(f"{name}." in path for path in self._loaded_names)]
+        as_in_files = not reordered and sizes == [weight.nbytes for weight in self._loaded]
+        root = self._as_in_files if as_in_files else self._stand_in(sizes, reordered)
         streamed, rest = sort_tensors(root, config, scope)
-        packed = PackedModel(torch.device("cpu"), streamed, config.block_size, budget=0)
+        packed = [(sum(align(slotted.tensor.nbytes) for slotted in layer.tensors), layer.block) for layer in streamed]
         return PackedSizes(
-            tuple(packed.sizes),
-            tuple(layer.layer.path for layer in packed.layers),
-            sum(tensor_bytes(slotted.tensor) for slotted in rest),
+            tuple(arrange(packed, config.block_size)),
+            tuple(layer.path for layer in streamed),
+            sum(slotted.tensor.nbytes for slotted in rest),
+            sum(sizes) - sum(layer.nbytes for layer in streamed),
         )
+
+    @cached_property
+    def _loaded(self) -> tuple[Weight, ...]:
+        """The weights, without what only tells a loader something."""
+        return tuple(weight for weight in self.weights if weight.name.rpartition(".")[2] not in MARKS)
+
+    @cached_property
+    def _loaded_names(self) -> tuple[str, ...]:
+        """What these are called in the loaded model."""
+        return tuple(self._family.loaded_name(weight.name) for weight in self._loaded)
 
     @cached_property
     def _as_in_files(self) -> torch.nn.Module:
         """The model with the sizes of the files, which the engine only looks at."""
-        return self._stand_in(lambda weight: weight.nbytes, ())
+        return self._stand_in([weight.nbytes for weight in self._loaded], ())
 
-    def _stand_in(self, nbytes: Callable[[Weight], int], first: Sequence[str]) -> torch.nn.Module:
-        family = self._family
-        sized = (
-            Sized(family.loaded_name(weight.name), nbytes(weight), weight.dtype in COUNTERS)
-            for weight in self.weights
-            if weight.name.rpartition(".")[2] not in MARKS
-        )
-        return stand_in(sized, (*first, *family.order), keep_order=not family.order and not self._sorted)
+    def _stand_in(self, sizes: Sequence[int], first: Sequence[str]) -> torch.nn.Module:
+        are_buffers = (weight.dtype in COUNTERS for weight in self._loaded)
+        sized = map(Sized, self._loaded_names, sizes, are_buffers)
+        order = self._family.order
+        return stand_in(sized, (*first, *order), keep_order=not order and not self._sorted)
 
     @cached_property
     def _sorted(self) -> bool:
@@ -296,7 +303,7 @@ def read_model(paths: Source | Sequence[Source]) -> ModelFacts:
         raise ModelUnreadable(f"{next(iter(files))}: it has no weights. {AGAIN}")
     prefix = _prefix(weights)
     own = tuple(
-        replace(weight, name=name.removeprefix(prefix)) if prefix else weight
+        weight._replace(name=name.removeprefix(prefix)) if prefix else weight
         for name, weight in weights.items()
         if name.startswith(prefix)
     )
@@ -307,7 +314,8 @@ def read_model(paths: Source | Sequence[Source]) -> ModelFacts:
 def _prefix(names: Iterable[str]) -> str:
     """The first of PREFIXES that more than ENOUGH weights have, or all; empty when none."""
     names = list(names)
-    counts = {prefix: sum(name.startswith(prefix) for name in names) for prefix in PREFIXES}
+    some = [name for name in names if name.startswith(PREFIXES)]
+    counts = {prefix: sum(name.startswith(prefix) for name in some) for prefix in PREFIXES}
     return next((prefix for prefix, count in counts.items() if count > ENOUGH or count == len(names)), "")
 
 

@@ -10,10 +10,10 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,7 @@ from .inspect_weights import (
     inspect_tensors,
     promised_scales,
 )
+from .units import format_bytes
 
 # name in a safetensors header: torch's name, bits an element
 SAFETENSORS_DTYPES = {
@@ -53,6 +54,9 @@ SAFETENSORS_DTYPES = {
     "C64": ("complex64", 64),
 }
 MAX_HEADER = 100_000_000  # what the safetensors library allows
+MOST_DIMENSIONS = 8
+MOST_ELEMENTS = 1 << 50
+AGAIN = "Download or copy it again"
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 FORMATS = (".safetensors", ".sft", ".gguf", *PICKLED)
 
@@ -60,8 +64,7 @@ FORMATS = (".safetensors", ".sft", ".gguf", *PICKLED)
 # -- safetensors ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """A tensor as a safetensors header describes it; ``start`` and ``end`` are bytes from the start of the file."""
 
     name: str
@@ -71,8 +74,11 @@ class Stored:
     end: int
 
 
-def read_header(path: Path) -> tuple[list[Stored], dict[str, Any], int]:
-    """The tensors, the metadata and the length (with its 8 bytes of size) of a safetensors header. Raises Unreadable."""
+def read_header(
+    path: Path, longest: int = MAX_HEADER, check: Callable[[bytes], None] | None = None
+) -> tuple[list[Stored], dict[str, Any], int]:
+    """The tensors, the metadata and the length (with its 8 bytes of size) of a safetensors header of up to ``longest`` bytes.
+    ``check`` is called with its JSON before that is parsed. Raises Unreadable."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
@@ -80,24 +86,40 @@ def read_header(path: Path) -> tuple[list[Stored], dict[str, Any], int]:
         if len(head) < 8 or length > MAX_HEADER:
             raise Unreadable(_not_safetensors(head + file.read(56)))
         if 8 + length > size:
-            raise Unreadable(f"it ends inside its header, at {size} of {8 + length} bytes. Download or copy it again")
-        encoded = file.read(length)
-    try:
-        header = json.loads(encoded)
-        metadata = header.pop("__metadata__", None) or {}
-        begin = 8 + length
-        tensors = [
-            Stored(
-                name,
-                str(entry["dtype"]),
-                tuple(int(n) for n in entry["shape"]),
-                *(begin + offset for offset in entry["data_offsets"]),
+            raise Unreadable(f"it ends inside its header, at {size} of {8 + length} bytes. {AGAIN}")
+        if length > longest:
+            raise Unreadable(
+                f"its header is {format_bytes(length)} long; of a model's it would be at most {format_bytes(longest)}. {AGAIN}"
             )
-            for name, entry in header.items()
-        ]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Unreadable(f"its header is not one of safetensors ({error!r}). Download or copy it again") from None
+        encoded = file.read(length)
+    if check is not None:
+        check(encoded)
+    begin = 8 + length
+    try:
+        header = json.loads(encoded, object_pairs_hook=_names_once)
+        metadata = header.pop("__metadata__", None) or {}
+        tensors = [_stored(name, entry, begin) for name, entry in header.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise Unreadable(f"its header is not one of safetensors ({error!r}). {AGAIN}") from None
     return tensors, metadata, begin
+
+
+def _names_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError when a name is twice in it: readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the name {name:.64} is twice in it")
+    return found
+
+
+def _stored(name: str, entry: dict[str, Any], begin: int) -> Stored:
+    """The tensor of an entry, of data that starts at ``begin``. Raises ValueError, TypeError or KeyError for what is none."""
+    shape, (start, end) = entry["shape"], entry["data_offsets"]
+    for number in (*shape, start, end):
+        if type(number) is not int or abs(number) >> 63:
+            raise ValueError(f"{number!r:.32} is no whole number of 64 bits")
+    return Stored(name, str(entry["dtype"]), tuple(shape), begin + start, begin + end)
 
 
 def _not_safetensors(head: bytes) -> str:
@@ -108,17 +130,28 @@ def _not_safetensors(head: bytes) -> str:
     return "it is not a safetensors file: its first 8 bytes give no possible size of a header"
 
 
+def is_impossible(shape: Sequence[int]) -> bool:
+    """Whether no tensor of a model can have such a shape."""
+    if len(shape) > MOST_DIMENSIONS or min(shape, default=0) < 0:
+        return True
+    return math.prod([size for size in shape if size]) > MOST_ELEMENTS
+
+
 def check_offsets(tensors: list[Stored], begin: int, size: int) -> Iterator[Issue]:
     """Whether the tensors of a safetensors file of ``size`` bytes, whose data starts at ``begin``, fill it exactly, fit
-    their shapes, and where they begin."""
+    their shapes."""
     reached = begin
     for tensor in sorted(tensors, key=lambda stored: (stored.start, stored.end)):
         name, bits = SAFETENSORS_DTYPES.get(tensor.dtype, (None, 8))
-        wanted = math.prod(tensor.shape) * bits // 8
         found = tensor.end - tensor.start
         if name is None:
-            yield Issue(tensor.name, f"its dtype {tensor.dtype} is none of safetensors'", "malformed")
-        elif found != wanted or tensor.start < begin:
+            yield Issue(tensor.name, f"its dtype {tensor.dtype:.32} is none of safetensors'", "malformed")
+        elif is_impossible(tensor.shape):
+            dimensions = [*tensor.shape[:MOST_DIMENSIONS]]
+            yield Issue(
+                tensor.name, f"{len(tensor.shape)} dimensions of {dimensions} are an impossible shape", "malformed"
+            )
+        elif found != (wanted := math.prod(tensor.shape) * bits // 8) or tensor.start < begin:
             problem = f"{tensor.dtype} of shape {list(tensor.shape)} needs {wanted} bytes, it has {found}"
             yield Issue(tensor.name, problem, "malformed")
         if tensor.end > size:
@@ -128,24 +161,33 @@ def check_offsets(tensors: list[Stored], begin: int, size: int) -> Iterator[Issu
         elif tensor.start < reached and found > 0:
             yield Issue(tensor.name, f"begins {reached - tensor.start} bytes before the end of another", "overlap")
         reached = max(reached, tensor.end)
-        element = max(1, bits // 8)
-        if found and tensor.start % element:
-            problem = f"begins at byte {tensor.start}, which is no multiple of the {element} bytes of its elements"
-            yield Issue(tensor.name, problem, "split_elements")
-        elif found and tensor.start % ALIGNMENT:
-            problem = f"begins {tensor.start % ALIGNMENT} bytes past a multiple of {ALIGNMENT}"
-            yield Issue(tensor.name, problem, "mapped_misaligned")
     if size > reached:
         yield Issue("(end of the file)", f"{size - reached} bytes after the last tensor", "gap")
+
+
+def check_alignment(tensors: list[Stored]) -> Iterator[Issue]:
+    """Where the tensors of a safetensors file begin."""
+    for tensor in tensors:
+        element = max(1, SAFETENSORS_DTYPES.get(tensor.dtype, (None, 8))[1] // 8)
+        if tensor.end > tensor.start and tensor.start % element:
+            problem = f"begins at byte {tensor.start}, which is no multiple of the {element} bytes of its elements"
+            yield Issue(tensor.name, problem, "split_elements")
+        elif tensor.end > tensor.start and tensor.start % ALIGNMENT:
+            problem = f"begins {tensor.start % ALIGNMENT} bytes past a multiple of {ALIGNMENT}"
+            yield Issue(tensor.name, problem, "mapped_misaligned")
 
 
 def _inspect_safetensors(path: Path) -> Report:
     tensors, metadata, begin = read_header(path)
     facts = {t.name: Facts(SAFETENSORS_DTYPES.get(t.dtype, (t.dtype,))[0], t.shape) for t in tensors}
     fp8 = fp8_weights(facts)
-    issues = [*check_offsets(tensors, begin, path.stat().st_size), *check_fp8(fp8, promised_scales(facts, metadata))]
+    issues = (
+        *check_offsets(tensors, begin, path.stat().st_size),
+        *check_alignment(tensors),
+        *check_fp8(fp8, promised_scales(facts, metadata)),
+    )
     nbytes = sum(max(0, tensor.end - tensor.start) for tensor in tensors)
-    return Report(str(path), "safetensors", len(tensors), nbytes, tuple(issues), tuple(fp8))
+    return Report(str(path), "safetensors", len(tensors), nbytes, issues, tuple(fp8))
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------
@@ -177,7 +219,7 @@ def _inspect_gguf(path: Path) -> Report:
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:
-        raise Unreadable(f"it is no GGUF file, or cut off ({error}). Download or copy it again") from None
+        raise Unreadable(f"it is no GGUF file, or cut off ({error}). {AGAIN}") from None
     alignment = int(reader.alignment)
     issues = [
         Issue(

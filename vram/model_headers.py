@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from .inspect_weights import KINDS, Unreadable
 from .layout import align
-from .model_files import PICKLED, SAFETENSORS_DTYPES, check_offsets, read_header
+from .model_files import (
+    AGAIN,
+    MOST_DIMENSIONS,
+    PICKLED,
+    SAFETENSORS_DTYPES,
+    check_offsets,
+    is_impossible,
+    read_header,
+)
 from .units import format_bytes
 
 LONGEST_HEADER = 8 << 20  # of one file; that of a 14B model with a scale for each weight is below 1 MiB
@@ -24,11 +30,8 @@ MOST_WEIGHTS = 50_000  # in one file
 MOST_ITEMS = 10 * MOST_WEIGHTS  # commas and brackets of a header in JSON, strings of one in GGUF
 LONGEST_NAME = 512
 DEEPEST_NAME = 32  # parts
-MOST_DIMENSIONS = 8
-MOST_ELEMENTS = 1 << 50
 # what reading a file may find wrong and loaders would stop at; gaps and odd addresses do not change a size
 FATAL = ("cut_off", "malformed", "overlap")
-AGAIN = "Download or copy it again"
 
 GGUF_VERSIONS = (2, 3)
 # bytes of each type of metadata but strings (8) and arrays (9)
@@ -52,8 +55,7 @@ class ModelUnreadable(Unreadable):
     """The model's files cannot be planned for; the message names the file, says why and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """A weight as its file describes it: ``dtype`` is torch's name for it ("bfloat16") or GGUF's ("Q8_0"), ``shape`` its
     elements (of FP4, which no dtype of torch holds, the bytes that they are packed in), ``nbytes`` what it takes."""
 
@@ -89,14 +91,10 @@ def read_weights(path: Path) -> list[Weight]:
     raise ModelUnreadable(f"{path}: {other or 'it is neither a .safetensors nor a .gguf file'}")
 
 
-def _check_weight(name: str, shape: Sequence[int]) -> None:
-    """Raises Unreadable for a name or a shape that no model has."""
+def _check_name(name: str) -> None:
+    """Raises Unreadable for a name that no model's weight has."""
     if not name or len(name) > LONGEST_NAME or name.count(".") >= DEEPEST_NAME:
         raise Unreadable(f"a weight in it is called {name[:64]!r}..., {len(name)} characters. {AGAIN}")
-    if len(shape) > MOST_DIMENSIONS:
-        raise Unreadable(f"its weight {name} has {len(shape)} dimensions, more than any model's. {AGAIN}")
-    if any(size < 0 for size in shape) or math.prod(max(1, size) for size in shape) > MOST_ELEMENTS:
-        raise Unreadable(f"its weight {name} has an impossible shape, {[*shape]}. {AGAIN}")
 
 
 # -- safetensors ---------------------------------------------------------------------------------------------------------
@@ -110,28 +108,10 @@ def check_json(encoded: bytes) -> None:
 
 
 def _read_safetensors(path: Path) -> list[Weight]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        # a length that is no length at all is for read_header to explain
-        if LONGEST_HEADER < length < size:
-            raise Unreadable(
-                f"its header is {format_bytes(length)} long; of a model's it would be at most "
-                f"{format_bytes(LONGEST_HEADER)}. {AGAIN}"
-            )
-        encoded = file.read(min(length, LONGEST_HEADER))
-    check_json(encoded)
-    try:
-        stored, _, begin = read_header(path)
-    except (RecursionError, OverflowError) as error:
-        raise Unreadable(f"its header is not one of safetensors ({error}). {AGAIN}") from None
-    if encoded.count(b'"data_offsets"') != len(stored):
-        raise Unreadable(f"a name is twice in its header. {AGAIN}")
+    stored, _, begin = read_header(path, LONGEST_HEADER, check_json)
     for tensor in stored:
-        _check_weight(tensor.name, tensor.shape)
-        if not (type(tensor.start) is type(tensor.end) is int):
-            raise Unreadable(f"its weight {tensor.name} begins at {tensor.start!r}, no whole number. {AGAIN}")
-    for issue in check_offsets(stored, begin, size):
+        _check_name(tensor.name)
+    for issue in check_offsets(stored, begin, path.stat().st_size):
         if issue.kind in FATAL:
             kind = KINDS[issue.kind]
             raise Unreadable(f"{kind.title}: {issue.path} {issue.problem}. {kind.advice}")
@@ -203,7 +183,9 @@ def _read_gguf(path: Path) -> list[Weight]:
                     f"its weight {name[:LONGEST_NAME]} has {rank} dimensions, more than any model's. {AGAIN}"
                 )
             shape = tuple(reader.number("Q") for _ in range(rank))[::-1]
-            _check_weight(name, shape)
+            _check_name(name)
+            if is_impossible(shape):
+                raise Unreadable(f"its weight {name} has an impossible shape, {[*shape]}. {AGAIN}")
             if name in weights:
                 raise Unreadable(f"the name {name} is twice in it. {AGAIN}")
             kind, start = reader.number("I"), reader.number("Q")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from .link import Link
 from .order import Order
-from .plan import Use, issue_windows, smallest_cap
 from .slots import StreamUnit
+from .windows import Use, issue_windows, smallest_cap
 
 
 class CopySchedule:

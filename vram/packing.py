@@ -11,7 +11,7 @@ import torch
 from .arena import Arena, FillJob, HostSegment, copy_host, lies_as
 from .discover import Layer, Slotted
 from .layout import CannotPack, Entry, align, flatten, plain_tensors, plan_tensor
-from .plan import LayerSize, cut
+from .plan import LayerSize, arrange
 from .staging import Piece
 from .units import format_bytes
 
@@ -101,37 +101,17 @@ class PackedModel:
         self._plan(layers, segment_bytes)
 
     def _plan(self, layers: Sequence[Layer], segment_bytes: int) -> None:
-        """Lay the layers out: in each block as few segments of up to ``segment_bytes`` as possible, as even as possible;
-        blocks that are smaller share a segment."""
-        groups: list[list[PackedLayer]] = []
+        """Give each layer its place in a segment."""
         laid_out, self.left_out = self._lay_out(layers)
-        for packed in laid_out:
-            block = packed.layer.block
-            if groups and block is not None and groups[-1][0].layer.block == block:
-                groups[-1].append(packed)
-            else:
-                groups.append([packed])
-        may_join = False
-        for group in groups:
-            in_block = group[0].layer.block is not None
-            size = sum(packed.nbytes for packed in group)
-            if not (in_block and may_join and self._segments[-1].nbytes + size <= segment_bytes):
+        sizes = arrange([(packed.nbytes, packed.layer.block) for packed in laid_out], segment_bytes)
+        for packed, size in zip(laid_out, sizes, strict=True):
+            if size.segment == len(self._segments):
                 self._segments.append(_Segment(0))
-            sizes = [LayerSize(packed.nbytes, 0, group[0].layer.block) for packed in group]
-            for unit in cut(sizes, segment_bytes):
-                if unit.first:
-                    self._segments.append(_Segment(0))
-                for packed in group[unit.first : unit.last]:
-                    self._append(packed)
-            may_join = in_block
-
-    def _append(self, packed: PackedLayer) -> None:
-        """Put a layer at the end of the last segment."""
-        segment = self._segments[-1]
-        packed.segment, packed.start = len(self._segments) - 1, segment.nbytes
-        segment.layers.append(packed)
-        segment.nbytes += packed.nbytes
-        self.layers.append(packed)
+            segment = self._segments[-1]
+            packed.segment, packed.start = size.segment, segment.nbytes
+            segment.layers.append(packed)
+            segment.nbytes += packed.nbytes
+            self.layers.append(packed)
 
     @staticmethod
     def _lay_out(layers: Sequence[Layer]) -> tuple[list[PackedLayer], list[tuple[Slotted, str]]]:

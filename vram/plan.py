@@ -5,17 +5,22 @@ A plan says which units are resident, which are streamed, and through how many s
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import accumulate, pairwise
+from functools import cached_property, lru_cache
+from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
+
+import numpy
 
 from .units import format_bytes
 
 MODES = ("adaptive", "chunkwise", "layerwise")
 SMALL_UNIT = 64 << 20  # below this the host's work for each unit begins to count
 SLOT_CHOICES = (2, 3, 4, 5, 6, 8)
+AS_FAST = 1.01  # times the shortest forward: a plan within it is as good
 
 
 class LimitTooSmall(ValueError):
@@ -32,8 +37,7 @@ def allocated(nbytes: int) -> int:
     return nbytes if nbytes < 10 << 20 else -(-nbytes // (2 << 20)) * (2 << 20)
 
 
-@dataclass(frozen=True)
-class LayerSize:
+class LayerSize(NamedTuple):
     """A layer as planning sees it: ``nbytes`` in its segment (aligned), and ``segment``, the packed buffer it lies in.
     ``block`` is the index of the block it belongs to, or None outside the block lists."""
 
@@ -72,7 +76,7 @@ class Plan:
     slots: int
     slot_bytes: int
 
-    @property
+    @cached_property
     def streamed(self) -> tuple[int, ...]:
         """Indices of the streamed units, in order."""
         return tuple(index for index in range(len(self.units)) if index not in self.resident)
@@ -81,7 +85,7 @@ class Plan:
     def resident_bytes(self) -> int:
         return sum(self.units[index].nbytes for index in self.resident)
 
-    @property
+    @cached_property
     def streamed_bytes(self) -> int:
         """Bytes that cross the link in one forward."""
         return sum(self.units[index].nbytes for index in self.streamed)
@@ -105,6 +109,28 @@ class Plan:
         )
 
 
+def arrange(sizes: Iterable[tuple[int, int | None]], segment_bytes: int) -> list[LayerSize]:
+    """Layers, each of so many bytes and of a block or None, in segments: in each block as few of up to ``segment_bytes`` as
+    possible, as even as possible; blocks that are smaller share a segment. A layer outside blocks has one of its own."""
+    groups: list[tuple[int | None, list[int]]] = []
+    for nbytes, block in sizes:
+        if groups and block is not None and groups[-1][0] == block:
+            groups[-1][1].append(nbytes)
+        else:
+            groups.append((block, [nbytes]))
+    layers: list[LayerSize] = []
+    segment, filled, may_join = -1, 0, False
+    for block, group in groups:
+        joins = block is not None and may_join and filled + sum(group) <= segment_bytes
+        for first, last in _runs(tuple(group), segment_bytes):
+            if first or not joins:
+                segment, filled = segment + 1, 0
+            filled += sum(group[first:last])
+            layers += [LayerSize(nbytes, segment, block) for nbytes in group[first:last]]
+        may_join = block is not None
+    return layers
+
+
 def cut(layers: Sequence[LayerSize], limit: int) -> tuple[Unit, ...]:
     """Units of consecutive layers of up to ``limit`` bytes, within segments: as few as possible, and then as even
     as possible, because the largest decides the size of a slot. A layer larger than ``limit`` is a unit of its own.
@@ -116,15 +142,19 @@ def cut(layers: Sequence[LayerSize], limit: int) -> tuple[Unit, ...]:
 def _cut(layers: tuple[LayerSize, ...], limit: int) -> tuple[Unit, ...]:
     units: list[Unit] = []
     start = 0
-    for index in range(1, len(layers) + 1):
-        if index == len(layers) or layers[index].segment != layers[start].segment:
-            units += _cut_segment(layers, start, index, limit)
-            start = index
+    for _, same in groupby(layers, key=lambda layer: layer.segment):
+        sizes = tuple(layer.nbytes for layer in same)
+        units += [
+            Unit(start + first, start + last, sum(sizes[first:last]), layers[start + first].block)
+            for first, last in _runs(sizes, limit)
+        ]
+        start += len(sizes)
     return tuple(units)
 
 
-def _cut_segment(layers: Sequence[LayerSize], first: int, last: int, limit: int) -> list[Unit]:
-    sizes = [layer.nbytes for layer in layers[first:last]]
+@lru_cache(maxsize=64)  # most blocks of a model are alike
+def _runs(sizes: tuple[int, ...], limit: int) -> tuple[tuple[int, int], ...]:
+    """Begin and end of the runs that ``sizes`` are cut into."""
     count = len(_groups(sizes, limit))
     low, high = 0, limit  # the smallest cap that needs no more groups; fewer bytes a group never need fewer groups
     while low < high:
@@ -133,8 +163,7 @@ def _cut_segment(layers: Sequence[LayerSize], first: int, last: int, limit: int)
             high = middle
         else:
             low = middle + 1
-    bounds = [0, *_groups(sizes, low)]
-    return [Unit(first + a, first + b, sum(sizes[a:b]), layers[first + a].block) for a, b in pairwise(bounds)]
+    return tuple(pairwise((0, *_groups(sizes, low))))
 
 
 def _groups(sizes: Sequence[int], cap: int) -> list[int]:
@@ -151,7 +180,7 @@ def _groups(sizes: Sequence[int], cap: int) -> list[int]:
 def by_block(layers: Sequence[LayerSize]) -> list[LayerSize]:
     """``layers`` with segments that end where blocks do, so that no unit spans two blocks."""
     numbers: dict[tuple[int, int | None], int] = {}
-    return [replace(layer, segment=numbers.setdefault((layer.segment, layer.block), len(numbers))) for layer in layers]
+    return [layer._replace(segment=numbers.setdefault((layer.segment, layer.block), len(numbers))) for layer in layers]
 
 
 def single_layers(layers: Sequence[LayerSize]) -> tuple[Unit, ...]:
@@ -161,7 +190,11 @@ def single_layers(layers: Sequence[LayerSize]) -> tuple[Unit, ...]:
 
 def spread(count: int, streamed: int) -> tuple[int, ...]:
     """``streamed`` of ``count`` indices, as evenly as possible with the wrap-around counted: gaps differ by one."""
-    return tuple((2 * index + 1) * count // (2 * streamed) for index in range(streamed))
+    return tuple(_spread(count, streamed).tolist())
+
+
+def _spread(count: int, streamed: int) -> numpy.ndarray:
+    return numpy.arange(1, 2 * streamed, 2, numpy.int64) * count // max(1, 2 * streamed)
 
 
 def stream_all(units: Sequence[Unit], slots: int) -> Plan:
@@ -178,7 +211,18 @@ def stream_blocks(units: Sequence[Unit], streamed_blocks: int, slots: int) -> Pl
     return _with_resident(units, [i for i, unit in enumerate(units) if unit.block not in chosen], slots)
 
 
-def _with_resident(units: Sequence[Unit], resident: Sequence[int], slots: int) -> Plan:
+def within(asked: Mapping[str, int], there: Mapping[str, int]) -> tuple[int, list[str]]:
+    """How many blocks are streamed where so many of each kind were ``asked`` for and are ``there``, and a remark for each
+    kind of which there are fewer."""
+    remarks = [
+        f"{count} {kind} are to be streamed, but the model has {there[kind]}"
+        for kind, count in asked.items()
+        if count > there[kind]
+    ]
+    return sum(min(count, there[kind]) for kind, count in asked.items()), remarks
+
+
+def _with_resident(units: Sequence[Unit], resident: Iterable[int], slots: int) -> Plan:
     kept = frozenset(resident)
     streamed = [unit.nbytes for index, unit in enumerate(units) if index not in kept]
     slots = min(slots, len(streamed))
@@ -188,28 +232,59 @@ def _with_resident(units: Sequence[Unit], resident: Sequence[int], slots: int) -
 def fit(units: Sequence[Unit], budget: int, slots: int) -> Plan | None:
     """As many units resident as ``budget`` bytes hold beside ``slots`` slots, the streamed ones spread evenly.
     None when not even the slots fit."""
-    sizes = [allocated(unit.nbytes) for unit in units]
-    total = left = sum(sizes)
-    fewest = 0  # so many have to be streamed even if they were the largest
-    for size in sorted(sizes, reverse=True):
-        if left <= budget:
-            break
-        left -= size
-        fewest += 1
-    smallest = [0, *accumulate(sorted(sizes))]
-    best: tuple[int, tuple[int, ...]] | None = None
-    count, step = fewest, 2 * max(sizes, default=1)
-    # sizes differ, so that more units may be fewer bytes
-    while count <= len(units) and (best is None or smallest[count] < best[0]):
-        streamed = spread(len(units), count) if count else ()
-        chosen = [sizes[index] for index in streamed]
-        missing = total - sum(chosen) + min(slots, count) * max(chosen, default=0) - budget
-        if missing <= 0 and (best is None or sum(chosen) < best[0]):
-            best = sum(chosen), streamed
-        count += 1 if best is not None else max(1, min(missing // step, len(units) - count))
-    if best is None:
-        return None
-    return _with_resident(units, sorted(set(range(len(units))).difference(best[1])), slots)
+    fitting = _Fitting(tuple(units))
+    count = fitting.count(budget, slots)
+    return None if count is None else fitting.plan(count, slots)
+
+
+class _Fitting:
+    """Plans of ``units`` that stream a number of them, spread evenly. What that takes is computed once for each number."""
+
+    def __init__(self, units: tuple[Unit, ...]) -> None:
+        self.units = units
+        self._nbytes = numpy.array([unit.nbytes for unit in units], numpy.int64)
+        self._sizes = numpy.array([allocated(unit.nbytes) for unit in units], numpy.int64)
+        ordered = sorted(self._sizes.tolist())
+        self._smallest = [0, *accumulate(ordered)]  # bytes of so many units, at least
+        self._largest = [0, *accumulate(reversed(ordered))]  # and at most
+        self._taken: dict[int, tuple[int, int]] = {0: (0, 0)}
+
+    def count(self, budget: int, slots: int) -> int | None:
+        """How many units to stream, so that the others fit ``budget`` bytes beside ``slots`` slots and the fewest bytes are
+        streamed; None when not even the slots fit."""
+        total, most, step = self._smallest[-1], len(self.units), max(1, 2 * self._largest[:2][-1])
+        # so many have to be streamed even if they were the largest
+        count = bisect_left(self._largest, total - budget)
+        best: tuple[int, int] | None = None
+        # sizes differ, so that more units may be fewer bytes
+        while count <= most and (best is None or self._smallest[count] < best[0]):
+            streamed, largest = self._take(count)
+            missing = total - streamed + min(slots, count) * largest - budget
+            if missing <= 0 and (best is None or streamed < best[0]):
+                best = streamed, count
+            count += 1 if best is not None else max(1, min(missing // step, most - count))
+        return None if best is None else best[1]
+
+    def _take(self, count: int) -> tuple[int, int]:
+        """Bytes of memory that ``count`` streamed units would take if they were resident, and the largest of them."""
+        if count not in self._taken:
+            chosen = self._sizes[_spread(len(self.units), count)]
+            self._taken[count] = int(chosen.sum()), int(chosen.max())
+        return self._taken[count]
+
+    def streamed_bytes(self, count: int) -> int:
+        """Bytes of ``count`` streamed units."""
+        return int(self._nbytes[_spread(len(self.units), count)].sum())
+
+    def plan(self, count: int, slots: int) -> Plan:
+        """The plan that streams ``count`` units."""
+        streamed = spread(len(self.units), count)
+        return _with_resident(self.units, sorted({*range(len(self.units))}.difference(streamed)), slots)
+
+
+@lru_cache(maxsize=8)
+def _fitting(layers: tuple[LayerSize, ...], limit: int) -> _Fitting:
+    return _Fitting(_cut(layers, limit))
 
 
 def simulate(plan: Plan, timing: Timing, forwards: int = 4) -> float:
@@ -228,8 +303,9 @@ def simulate(plan: Plan, timing: Timing, forwards: int = 4) -> float:
             if copying is None:
                 clock += computing
                 continue
-            link = max(link, released[0]) + copying
-            clock = max(clock, link) + computing
+            free = released[0]  # conditions, because max() takes three times as long
+            link = (link if link > free else free) + copying
+            clock = (clock if clock > link else link) + computing
             released.append(clock)
     return clock - begin
 
@@ -250,77 +326,29 @@ def choose(
     """The plan with the shortest simulated forward within ``budget`` bytes for resident units and slots: over the
     unit size (``block_size``, and half and a quarter of it down to 64 MiB) and the number of slots. Among plans within 1% of the shortest,
     the one that streams least: it depends least on the link. None when nothing fits."""
-    candidates: list[tuple[float, Plan]] = []
+    candidates: list[tuple[int, int, int, int, _Fitting]] = []
     for size in [
         size for size in (block_size, block_size // 2, block_size // 4) if size >= min(block_size, SMALL_UNIT)
     ]:
-        units = cut(layers, size)
-        scaled = rescale(timing, measured, units, layers)
+        fitting = _fitting(tuple(layers), size)
         for slots in SLOT_CHOICES:
-            plan = fit(units, budget, slots)
-            if plan is None:
+            count = fitting.count(budget, slots)
+            if count is None:
                 break
-            candidates.append((simulate(plan, scaled), plan))
-    if not candidates:
-        return None
-    shortest = min(seconds for seconds, _ in candidates)
-    good = [plan for seconds, plan in candidates if seconds <= 1.01 * shortest]
-    return min(good, key=lambda plan: (plan.streamed_bytes, len(plan.units)))
-
-
-@dataclass(frozen=True)
-class Use:
-    """A streamed unit's stay in a forward: needed from window ``first`` to window ``last`` (inclusive). ``overlap``:
-    its copy is to be hidden behind the unit before it, also where that raises the least memory."""
-
-    nbytes: int
-    first: int
-    last: int
-    overlap: bool = True
-
-
-def smallest_cap(uses: Sequence[Use], activation: Sequence[int]) -> int:
-    """The least device memory in bytes in which each unit is there when needed, and those with ``overlap`` can be copied
-    while the unit before them computes. ``activation[w]`` is what window ``w`` needs beside streamed units."""
-    cap = max(activation, default=0)
-    for index, use in enumerate(uses):
-        for window in range(use.first, use.last + 1):
-            cap = max(cap, activation[window] + use.nbytes)
-        if index and use.overlap:
-            cap = max(cap, activation[uses[index - 1].last] + uses[index - 1].nbytes + use.nbytes)
-    return cap
-
-
-def issue_windows(uses: Sequence[Use], activation: Sequence[int], cap: int) -> list[int]:
-    """When to begin copying each unit of a forward: the earliest window from which it fits under ``cap`` bytes until it
-    is used, in order of use. Where it never fits earlier, at its first use. Pure greedy, O(uses x windows)."""
-    occupied = list(activation)
-    windows: list[int] = []
-    for use in uses:
-        earliest = use.first
-        while earliest > (windows[-1] if windows else 0) and occupied[earliest - 1] + use.nbytes <= cap:
-            earliest -= 1
-        for window in range(earliest, use.last + 1):
-            occupied[window] += use.nbytes
-        windows.append(earliest)
-    return windows
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What a card of a given size is best run with. Sizes in bytes."""
-
-    max_vram: int
-    block_size: int
-    mode: str
-
-
-_SHARES = {"balanced": (0.8, 300, "adaptive"), "low memory": (0.7, 200, "layerwise"), "fast": (0.9, 500, "chunkwise")}
-PRESETS = tuple(_SHARES)
-
-
-def preset(name: str, device_total: int) -> Preset:
-    """The seeds' advice for 20 GB (16 GB/300 MB/adaptive, 14/200/layerwise, 18/500/chunkwise) for a card of
-    ``device_total`` bytes. Raises KeyError for an unknown name."""
-    share, block_size_mb, mode = _SHARES[name]
-    return Preset(int(device_total * share), block_size_mb << 20, mode)
+            candidates.append((fitting.streamed_bytes(count), len(fitting.units), slots, count, fitting))
+    candidates.sort(key=lambda candidate: candidate[:2])
+    plans: list[Plan] = []
+    seconds: list[float] = []
+    busy = 0.0
+    for nbytes, _, slots, count, fitting in candidates:
+        # No schedule of this one, or of those after it, which stream more, beats its floor (less what rounding may be).
+        # Where the first plan is within 1% of that, or the best one found is no longer, the others need no look.
+        floor = (1 - 1e-9) * max(busy, nbytes / timing.bandwidth if nbytes else 0.0)
+        if seconds and floor >= min(*seconds, seconds[0] / AS_FAST):
+            break
+        plans.append(fitting.plan(count, slots))
+        scaled = rescale(timing, measured, fitting.units, layers)
+        busy = scaled.outside + sum(scaled.compute)
+        seconds.append(simulate(plans[-1], scaled))
+    good = (plan for plan, taken in zip(plans, seconds, strict=True) if taken <= AS_FAST * min(seconds))
+    return next(good, None)

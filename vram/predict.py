@@ -54,7 +54,7 @@ class Costs:
     which it makes do under a tight limit; fixed: bytes besides.
     passes: how often a block reads or writes a tensor of [tokens, width], two bytes an element, outside of products.
     weight_bytes: bytes read or written for each parameter outside of products (weights that are cast at each use).
-    block_seconds: least time of a block, which is the host's own work. fp8_products: whether FP8 weights are multiplied
+    calls: operations that Python starts for a block; a block takes no less time than starting them. fp8_products: whether FP8 weights are multiplied
     as such.
     """
 
@@ -62,7 +62,7 @@ class Costs:
     least: float
     fixed: int
     passes: float
-    block_seconds: float
+    calls: float
     weight_bytes: float = 0.0
     fp8_products: bool = False
 
@@ -70,12 +70,14 @@ class Costs:
 @dataclass(frozen=True)
 class Work:
     """Seconds and bytes that a forward takes whatever is streamed. ``blocks``: seconds of each block, ``outside``: seconds of the
-    rest. ``activations``: bytes that the allocator reserves beside weights, ``least``: with which it makes do."""
+    rest. ``activations``: bytes that the allocator reserves beside weights, ``least``: with which it makes do, ``grain``: steps in
+    which it reserves."""
 
     blocks: tuple[float, ...]
     outside: float
     activations: int
     least: int
+    grain: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,9 @@ def work(
         text = min(count, shape.text_parameters)
         products = 2 * (tokens * (count - text) + shape.text_tokens * text) / linear
         casts = costs.weight_bytes * count / card.memory
-        seconds.append(max(costs.block_seconds, products + pairs + passes + casts))
+        seconds.append(max(costs.calls / card.calls, products + pairs + passes + casts))
     activations, least = (round(rate * tokens * shape.width) + costs.fixed for rate in (costs.activation, costs.least))
-    return Work(tuple(seconds), OUTSIDE * sum(seconds), activations, least)
+    return Work(tuple(seconds), OUTSIDE * sum(seconds), activations, least, grain=2 * tokens * shape.width)
 
 
 def predict(
@@ -159,6 +161,10 @@ def predict(
     free = limit - context - beside
     plan = _plan(layers, units, timing, free - work.activations - MARGIN, config)
     activations = min(work.activations, free - plan.device_bytes)
+    if (
+        work.least < activations < work.activations
+    ):  # another grain would not fit, and half of one is left on the average
+        activations = max(work.least, activations - work.grain // 2)
     if activations < work.least:
         needed = limit - activations + work.least
         raise LimitTooSmall(

@@ -1,8 +1,8 @@
 """A model that has only sizes, for the engine's own rules to run on before anything is loaded.
 
-Its modules are made from the names of weights, and each weight is one byte of memory that says it is as many as the
-weight takes. Which layers stream, what stays beside them and how layers share segments is then decided by ``sort_tensors``
-and ``PackedModel``, as for the loaded model. What a name does not tell is taken to be the usual: a module is called for
+Its modules are made from the names of weights, and each weight is no tensor but what the engine looks at of one. Which layers
+stream, what stays beside them and how layers share segments is then decided by ``sort_tensors`` and ``arrange``, as for the
+loaded model. What a name does not tell is taken to be the usual: a module is called for
 its weights, unless it is one of torch's that is known to do otherwise; no two weights are tied.
 """
 
@@ -18,14 +18,19 @@ from torch import nn
 from .layout import align
 
 
-class _Sized(torch.Tensor):
-    """A tensor of which only the size is true. ``address`` is made up, so that no two overlap."""
+class _Weight:
+    """What the engine looks at of a tensor. Only the size is true: ``address`` is made up, so that no two overlap."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    address: int
+    __slots__ = ("_address", "nbytes")
+    layout = torch.strided
+    is_meta = False
+
+    def __init__(self, nbytes: int, address: int) -> None:
+        self.nbytes = nbytes
+        self._address = address
 
     def data_ptr(self) -> int:
-        return self.address
+        return self._address
 
 
 class _Called(nn.Module):
@@ -54,8 +59,8 @@ class _Node:
     __slots__ = ("buffers", "children", "parameters")
 
     def __init__(self) -> None:
-        self.parameters: dict[str, torch.Tensor] = {}
-        self.buffers: dict[str, torch.Tensor] = {}
+        self.parameters: dict[str, _Weight] = {}
+        self.buffers: dict[str, _Weight] = {}
         self.children: dict[str, _Node] = {}
 
 
@@ -71,19 +76,18 @@ def stand_in(weights: Iterable[Sized], order: Sequence[str] = (), keep_order: bo
         return rank.get(name, len(rank)), int(name) if name.isdecimal() else -1, "" if keep_order else name
 
     root = _Node()
-    byte, address = torch.zeros((), dtype=torch.uint8), align(1)
+    nodes, address = {"": root}, align(1)
     for full_name, nbytes, is_buffer in weights:
-        node = root
-        *path, name = full_name.split(".")
-        for part in path:
-            child = node.children.get(part)
-            if child is None:
-                child = node.children[part] = _Node()
-            node = child
-        tensor = byte.expand((nbytes,)).as_subclass(_Sized)
-        tensor.address = address
+        name = full_name.rpartition(".")[2]
+        path = full_name.removesuffix(name)
+        node = nodes.get(path)
+        if node is None:
+            node = root
+            for part in path.split(".")[:-1]:
+                node = node.children.setdefault(part, _Node())
+            nodes[path] = node
+        (node.buffers if is_buffer else node.parameters)[name] = _Weight(nbytes, address)
         address += align(nbytes)
-        (node.buffers if is_buffer else node.parameters)[name] = tensor
     return _module("", root, place)
 
 
@@ -91,11 +95,12 @@ def _module(name: str, node: _Node, place: Callable[[str], tuple]) -> nn.Module:
     """The module of ``node``: what the engine looks at of one, without the dozen dictionaries that ``nn.Module.__init__``
     makes, which would be half of the time."""
     kind = _kind(name, node)
+    children = sorted(node.children, key=place) if len(node.children) > 1 else node.children
     module = kind.__new__(kind)
     module.__dict__.update(
         _parameters=node.parameters or _NONE,
         _buffers=node.buffers or _NONE,
-        _modules={child: _module(child, node.children[child], place) for child in sorted(node.children, key=place)},
+        _modules={child: _module(child, node.children[child], place) for child in children},
         _forward_pre_hooks=_NONE,
     )
     return module

@@ -20,7 +20,7 @@ from .gates import MARK, InstancePatches, gate, hide_from_compile, marked, stay
 from .link import open_link
 from .memory import MemorySnapshot, snapshot
 from .packing import NO_PATCHES, PackedModel, Patches, Progress
-from .plan import LimitTooSmall, Plan, Unit, single_layers, stream_all
+from .plan import LimitTooSmall, Plan, Timing, Unit, single_layers, stream_all
 from .rest import Rest, sort_tensors
 from .stream import Streamer, StreamUnit
 from .telemetry import Telemetry
@@ -86,6 +86,16 @@ class Swap:
     def rest_bytes(self) -> int:
         """Bytes of the weights that are on the device beside units: what does not stream."""
         return self._rest.nbytes
+
+    @property
+    def beside(self) -> int | None:
+        """Bytes that the process reserved beside units in the last measured forward; None before one was measured."""
+        return self._adapter.beside if self._adapter is not None else None
+
+    @property
+    def measured(self) -> tuple[Timing, tuple[Unit, ...]] | None:
+        """Compute times of a forward, and the units that they belong to; None where they were not measured."""
+        return self._adapter.measured if self._adapter is not None else None
 
     # -- attach and detach ------------------------------------------------------------------------------------------
 

@@ -3,8 +3,10 @@ room on the disk; nothing here touches a device."""
 
 import math
 import re
+import tracemalloc
 from dataclasses import replace
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from intelligent_vram.cli.wan import WAN_14B, meta_model
 from intelligent_vram.vram import NoBlocks, SwapConfig, hardware
+from intelligent_vram.vram import plan as plans
 from intelligent_vram.vram.advice_report import as_json, report
 from intelligent_vram.vram.advise import (
     PRESETS,
@@ -281,6 +284,20 @@ def test_tokens_of_a_video_and_of_an_image(models, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("family", "channels", "patch", "size", "tokens"),
+    [
+        ("LTX-Video", 128, (1, 1, 1), (768, 512, 97), 13 * 16 * 24),
+        ("Flux 2", 128, (1, 1), (1024, 1024, 1), 64 * 64),
+        ("HunyuanVideo", 16, (1, 2, 2), (848, 480, 129), 33 * 30 * 53),
+        ("HunyuanVideo", 32, (1, 1, 1), (848, 480, 121), 31 * 30 * 53),
+    ],
+)
+def test_each_family_has_the_tokens_of_its_vae(models, family, channels, patch, size, tokens):
+    facts = SimpleNamespace(family=family, sizes=replace(models["bf16"].sizes, out_channels=channels, patch_size=patch))
+    assert tokens_of(facts, *size) == tokens
+
+
+@pytest.mark.parametrize(
     "size",
     [(8, 480, 81), (832, 15, 81), (0, 0, 0), (832, 480, 0), (832, 480, -3), (-832, 480, 81), (-832, -480, 81)],
 )
@@ -408,6 +425,25 @@ def test_a_limit_above_what_the_card_has_is_not_passed_over_in_silence(models):
     card = machine("RTX 4090")
     advice = advise(models["bf16"], card, Wishes(max_vram=100 * GIB), WANT_MANY, COMFY)
     assert advice.prediction.peak <= card.device_total or any("card" in remark for remark in advice.remarks)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("limit", [None, 12 * GIB])
+def test_planning_for_28_gb_takes_under_50_mb(models, model, host, limit):
+    card, (path,) = machine(), models[model].paths
+
+    def plan():
+        for cache in (plans._runs, plans._cut, plans._fitting):  # as if it were the first time
+            cache.cache_clear()
+        return advise(read_model(path), card, Wishes(max_vram=limit), 7800, host)
+
+    plan()  # also imports what is not imported yet
+    tracemalloc.start()
+    plan()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50 * MIB
 
 
 # -- what a user chooses ------------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from intelligent_vram.vram import MemorySnapshot, arena, cards, device, hardware
 from intelligent_vram.vram.device import NoDevice, Rate, Rates, device_to_host_bandwidth, resolve
 from intelligent_vram.vram.units import GIB, MIB
 
-RATES = ("to_device", "to_host", "matmul", "matmul_fp8", "attention", "memory")
+RATES = ("to_device", "to_host", "matmul", "matmul_fp8", "attention", "memory", "calls")
 CPU = torch.device("cpu")
 LITTLE = Rate(1e9, "with little free memory", fair=False)
-PLENTY = Rates(*[Rate(1e12)] * 6)
+PLENTY = Rates(*[Rate(1e12)] * 7)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_a_cpu_is_measured_as_a_device(cpu):
     assert (cpu.name, cpu.device, cpu.capability, cpu.dtype) == ("CPU", "cpu", None, "fp32")
     assert cpu.matmul_fp8 is None
     for name in set(RATES) - {"matmul_fp8"}:
-        assert 1e7 < getattr(cpu, name) < 1e14, name
+        assert (1e3 if name == "calls" else 1e7) < getattr(cpu, name) < 1e14, name
         assert cpu.source[name] == "measured"
     assert cpu.source["matmul_fp8"] == "no such kernels"
 
@@ -131,7 +131,7 @@ def test_on_a_slow_device_a_small_size_is_enough():
 
 def test_with_no_memory_nothing_is_measured(monkeypatch):
     monkeypatch.setattr(device, "room", lambda _: 0)
-    assert device.measure_rates("cpu") == Rates(*[None] * 6)
+    assert device.measure_rates("cpu") == Rates(*[None] * 7)
 
 
 # -- what could not be measured ----------------------------------------------------------------------------------------
@@ -143,37 +143,41 @@ def test_what_was_measured_fairly_is_taken():
 
 def test_what_did_not_fit_is_looked_up_by_the_cards_name():
     here = found("NVIDIA GeForce RTX 4060 Ti", 16 * 1000**3)
-    value, words = hardware._value("matmul", Rates(None, None, LITTLE, None, None, None), here)
+    value, words = hardware._value("matmul", Rates(None, None, LITTLE, None, None, None, None), here)
     assert value == cards.find("4060 ti 16gb").matmul
     assert words == "table: RTX 4060 Ti 16GB; too little free memory to measure"
 
 
 def test_the_link_is_taken_from_the_slot_that_the_card_is_in():
     here = found("NVIDIA GeForce RTX 4090", pcie=(3, 8))
-    value, words = hardware._value("to_device", Rates(*[None] * 6), here)
+    value, words = hardware._value("to_device", Rates(*[None] * 7), here)
     assert value == cards.PCIE_LANE[3] * 8
     assert words.startswith("table: PCIe 3 x8")
 
 
 def test_a_little_measurement_is_better_than_none():
-    rates = Rates(None, None, LITTLE, None, None, None)
+    rates = Rates(None, None, LITTLE, None, None, None, None)
     value, words = hardware._value("matmul", rates, found("Some Card"))
     assert value == 1e9
     assert words == "measured, with little free memory, likely more"
 
 
+def test_how_fast_python_starts_operations_is_assumed_where_it_was_not_measured():
+    assert hardware._value("calls", Rates(*[None] * 7), found("Some Card")) == (hardware.CALLS, "assumed")
+
+
 def test_a_full_card_that_nobody_knows_is_refused_with_what_to_do():
     with pytest.raises(hardware.NotMeasurable, match=r"Some Card \(cuda:0\).*close other programs"):
-        hardware._value("attention", Rates(*[None] * 6), found("Some Card"))
+        hardware._value("attention", Rates(*[None] * 7), found("Some Card"))
 
 
 def test_fp8_is_none_where_there_are_no_kernels_and_looked_up_where_there_was_no_room():
     here = found("NVIDIA GeForce RTX 4090")
-    without = Rates(Rate(1.0), Rate(1.0), Rate(1.0), None, Rate(1.0), Rate(1.0))
+    without = Rates(Rate(1.0), Rate(1.0), Rate(1.0), None, Rate(1.0), Rate(1.0), Rate(1.0))
     assert hardware._value("matmul_fp8", without, here) == (None, "no such kernels")
-    value, _ = hardware._value("matmul_fp8", Rates(*[None] * 6), here)
+    value, _ = hardware._value("matmul_fp8", Rates(*[None] * 7), here)
     assert value == cards.find("4090").matmul_fp8
-    assert hardware._value("matmul_fp8", Rates(*[None] * 6), found("Some Card"))[0] is None
+    assert hardware._value("matmul_fp8", Rates(*[None] * 7), found("Some Card"))[0] is None
 
 
 @given(*[st.integers(0, 24 * GIB)] * 4)
@@ -322,7 +326,8 @@ def test_a_card_from_the_table_is_an_empty_card_in_this_machine(cpu):
     assert 23 * GIB < card.device_total < 24 * GIB
     assert card.outside_torch == hardware.CONTEXT
     assert card.host_total == cpu.host_total
-    assert all(card.source[name] == "table: RTX 4090" for name in RATES)
+    assert all(card.source[name] == "table: RTX 4090" for name in RATES if name != "calls")
+    assert card.source["calls"] == "assumed"
 
 
 def test_cards_before_8_0_compute_in_fp16_and_before_8_9_have_no_fp8():
@@ -406,6 +411,7 @@ def test_a_card_describes_itself_with_numbers_and_sources():
         "FP8 linear layers: 267 TFLOP/s (table: RTX 4090)",
         "bf16 attention, head width 128: 140 TFLOP/s (table: RTX 4090)",
         "elementwise pass over device memory: 857 GB/s (table: RTX 4090)",
+        "operations that Python starts: 150 k/s (assumed)",
     ]
     assert "VRAM: 16.00 GiB (given)" in card.with_(device_total=16 * GIB).describe()
 

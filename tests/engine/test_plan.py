@@ -2,35 +2,35 @@
 
 import time
 from functools import lru_cache
-from itertools import combinations, pairwise
+from itertools import groupby, pairwise
 
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from intelligent_vram.vram.plan import (
-    MODES,
-    PRESETS,
+    AS_FAST,
+    SLOT_CHOICES,
+    SMALL_UNIT,
     LayerSize,
     LimitTooSmall,
     Plan,
     Timing,
     Unit,
-    Use,
     allocated,
+    arrange,
     choose,
     cut,
     fit,
-    issue_windows,
-    preset,
     rescale,
     simulate,
     single_layers,
-    smallest_cap,
     spread,
     stream_all,
     stream_blocks,
+    within,
 )
-from intelligent_vram.vram.units import GIB, MIB
+from intelligent_vram.vram.units import MIB
+from intelligent_vram.vram.windows import Use, issue_windows, smallest_cap
 
 SIZES = st.integers(1, 40).map(lambda size: size * 512)
 
@@ -122,6 +122,28 @@ def test_a_segment_of_300_layers_is_cut_without_keeping_the_user_waiting():
     started = time.perf_counter()
     cut(layers, 300 * MIB)
     assert time.perf_counter() - started < 0.25
+
+
+# -- arrange -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(SIZES, st.none() | st.integers(0, 5)), max_size=24), st.integers(1, 60_000))
+def test_layers_keep_their_order_and_segments_hold_whole_blocks_or_one_part_of_a_block(sizes, segment_bytes):
+    layers = arrange(sizes, segment_bytes)
+    assert [(layer.nbytes, layer.block) for layer in layers] == sizes
+    assert [layer.segment for layer in layers[:1]] == [0] * bool(layers)
+    assert all(after.segment - before.segment in (0, 1) for before, after in pairwise(layers))
+    for _, segment in groupby(layers, key=lambda layer: layer.segment):
+        inside = list(segment)
+        assert sum(layer.nbytes for layer in inside) <= segment_bytes or len(inside) == 1
+        assert inside[0].block is not None or len(inside) == 1
+
+
+def test_small_blocks_share_a_segment_and_large_ones_are_cut_evenly():
+    small = [(1000, block) for block in range(5)]
+    assert [layer.segment for layer in arrange(small, 2500)] == [0, 0, 1, 1, 2]
+    assert [layer.segment for layer in arrange([(1000, 0)] * 6, 4000)] == [0, 0, 0, 1, 1, 1]
+    assert [layer.segment for layer in arrange([(1, 0), (1, None), (1, None), (1, 1)], 4000)] == [0, 1, 2, 3]
 
 
 # -- spread ------------------------------------------------------------------------------------------------------------
@@ -313,6 +335,28 @@ def test_the_chosen_plan_fits_and_is_no_slower_than_a_plain_one(layers, block_si
         assert seconds <= 1.01 * simulate(plain, timing) + 1e-12
 
 
+@given(layer_lists(), st.integers(1, 250), st.integers(0, 3000), st.floats(1e8, 1e13), st.integers(0, 9))
+def test_no_plan_that_is_as_fast_as_the_chosen_one_streams_less(layers, size, budget, bandwidth, outside):
+    layers = [layer._replace(nbytes=4096 * layer.nbytes) for layer in layers]  # 2 to 80 MiB each
+    block_size, budget = size * MIB, budget * MIB
+    measured = cut(layers, block_size)
+    timing = Timing(tuple((1 + index % 3) * 0.01 for index in range(len(measured))), outside * 0.01, bandwidth)
+    chosen = choose(layers, measured, timing, budget, block_size)
+    sizes = [size for size in (block_size, block_size // 2, block_size // 4) if size >= min(block_size, SMALL_UNIT)]
+    tried = [fit(cut(layers, size), budget, slots) for size in sizes for slots in SLOT_CHOICES]
+    plans = [plan for plan in tried if plan is not None]
+    seconds = [simulate(plan, rescale(timing, measured, plan.units, layers)) for plan in plans]
+    good = [plan for plan, taken in zip(plans, seconds, strict=True) if taken <= AS_FAST * min(seconds)]
+    assert chosen == min(good, key=lambda plan: (plan.streamed_bytes, len(plan.units)), default=None)
+
+
+def test_blocks_that_were_asked_for_are_as_many_as_there_are():
+    there = {"blocks": 40, "VACE blocks": 8}
+    assert within({"blocks": 12, "VACE blocks": 8}, there) == (20, [])
+    count, (remark,) = within({"blocks": 48, "VACE blocks": 3}, there)
+    assert (count, remark) == (43, "48 blocks are to be streamed, but the model has 40")
+
+
 def test_everything_is_resident_when_the_budget_allows():
     layers = [LayerSize(10 * 512, index, index) for index in range(8)]
     measured = cut(layers, 10 * 512)
@@ -381,35 +425,9 @@ def test_less_than_the_smallest_cap_does_not_do(forward):
     assert max(occupied(uses, [use.first for use in uses], activation), default=0) == cap
 
 
-# -- presets and errors ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "gigabytes", "block_size_mb", "mode"),
-    [("balanced", 16, 300, "adaptive"), ("low memory", 14, 200, "layerwise"), ("fast", 18, 500, "chunkwise")],
-)
-def test_presets_are_the_advice_for_a_card_of_20_gigabytes(name, gigabytes, block_size_mb, mode):
-    advice = preset(name, 20 * GIB)
-    assert advice.max_vram == gigabytes * GIB
-    assert advice.block_size == block_size_mb * MIB
-    assert advice.mode == mode
-
-
-@given(st.sampled_from(PRESETS), st.integers(1, 200 * GIB))
-def test_presets_stay_inside_the_card(name, total):
-    assert 0 <= preset(name, total).max_vram < total
-    assert preset(name, total).mode in MODES
-
-
-def test_an_unknown_preset_is_refused():
-    with pytest.raises(KeyError, match="turbo"):
-        preset("turbo", 20 * GIB)
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_limit_that_is_too_small_tells_the_smallest():
     assert LimitTooSmall("say", 123).needed == 123
     assert issubclass(LimitTooSmall, ValueError)
-
-
-def test_the_names_of_presets_and_modes_are_distinct():
-    assert all(one != other for one, other in combinations((*PRESETS, *MODES), 2))

@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "offload_img_emb": False,
     "vace_blocks_to_swap": 0,
     "debug_mode": False,
+    "predict_for": "the size below",
     "width": 832,
     "height": 480,
     "num_frames": 81,
@@ -381,6 +382,28 @@ def test_more_pixels_are_more_tokens_and_more_time(comfy_server: ComfyServer, wa
     assert tokens == [21 * 16 * 16, 21 * 64 * 64]
     seconds = [float(re.search(r"([\d.]+) s a forward", r.line("Prediction:"))[1]) for r in (small, large)]
     assert seconds[0] < seconds[1]
+
+
+def test_the_last_run_is_predicted_from_what_it_took(comfy_server: ComfyServer, wan: str) -> None:
+    """A run after a larger video expects more than one after a smaller, whatever the size in the node says."""
+    compute = []
+    for seed, size in enumerate((64, 512, 64)):
+        extra = planned(["model", 0], predict_for="the last run")
+        prompt = text_to_video(wan, width=size, height=size, seed=40 + seed, between=[wrap()], extra=extra)
+        report = told(comfy_server.run(prompt))
+        if seed:
+            note = report.line("Note: predicted for the same")
+            compute.append(float(re.search(r"([\d.]+) s of compute a forward", note)[1]))
+    assert compute[0] < compute[1]
+
+
+def test_without_a_last_run_the_size_is_predicted_for(comfy_server: ComfyServer, wan_vace: str) -> None:
+    other = comfy_server.models / "diffusion_models" / "never_run.safetensors"
+    write_wan(other, blocks=4)
+    report = ask(comfy_server, model_name=other.name, predict_for="the last run")
+    assert "has not run" in report.line("Note: this model")
+    assert report.line("Model:") == ask(comfy_server, model_name=other.name).line("Model:")
+    other.unlink()
 
 
 def test_the_prediction_adds_up_and_stays_below_the_limit(comfy_server: ComfyServer, wan: str) -> None:

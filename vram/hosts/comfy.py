@@ -26,7 +26,7 @@ import torch
 
 from .. import limit
 from ..config import SwapConfig
-from ..discover import find_blocks
+from ..discover import Scope, find_blocks
 from ..memory import snapshot
 from ..packing import Patches
 from ..swap import Swap, attach
@@ -37,6 +37,7 @@ from .report import report
 log = logging.getLogger(__name__)
 
 ROOT = "diffusion_model"
+FUSED = "linear_input_act"
 FORCE = "INTELLIGENT_VRAM_FORCE"
 ACTIVATIONS = 2 * GIB  # beside weights, for deciding whether other models are in the way
 
@@ -93,6 +94,19 @@ def _cast_to_model_dtype(model: torch.nn.Module) -> None:
             dtype = getattr(module, f"{name}_comfy_model_dtype", None)
             if dtype is not None and type(parameter) is torch.nn.Parameter and parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
+
+
+def _fused(root: torch.nn.Module) -> frozenset[str]:
+    """Names of modules that hand a module below with an INT8 weight to ComfyUI's fused kernel instead of calling it
+    (``comfy.ops.linear_input_act``)."""
+    fused = set()
+    for path, module in root.named_modules():
+        code = getattr(type(module).forward, "__code__", None)
+        if code is not None and FUSED in code.co_names:
+            formats = {getattr(child, "quant_format", None) for child in module.modules()}
+            if "int8_tensorwise" in formats:
+                fused.add(path.rpartition(".")[2])
+    return frozenset(fused)
 
 
 @lru_cache(maxsize=8)
@@ -181,6 +195,7 @@ class StreamedPatcher:
                 getattr(self.model, ROOT),
                 self.swap_config,
                 device_to,
+                scope=Scope(whole=_fused(getattr(self.model, ROOT))),
                 patches=self._patches(),
                 packed=state.packed,
                 progress=HostProgress(),

@@ -69,9 +69,11 @@ def choose_host(model: Any, facts: ModelFacts | None) -> str:
     return WANVIDEO if facts is not None and facts.family == "Wan" and transformer_classes() else COMFY
 
 
-def measure() -> tuple[hardware.Hardware, float | None]:
-    """The device that ComfyUI uses, and FLOP/s of its attention (None: as the device's own)."""
+def measure(host: str = COMFY) -> tuple[hardware.Hardware, float | None]:
+    """The device that ComfyUI uses, and FLOP/s of ``host``'s attention (None: as torch's own, which WanVideoWrapper calls)."""
     device = comfy.model_management.get_torch_device()
     card = hardware.measure(device)
+    if host == WANVIDEO:
+        return card, None
     attend = getattr(comfy.ops, "scaled_dot_product_attention", functional.scaled_dot_product_attention)
     return card, attention_rate(torch.device(device), attend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 
+from .. import last_runs
 from ..swap import Swap
 from ..units import format_bytes
 
@@ -12,7 +13,8 @@ log = logging.getLogger(__name__)
 
 
 def report(swap: Swap, since: int) -> int:
-    """Log what the forwards of ``swap`` from number ``since`` on were like. Returns the number of the next one."""
+    """Log what the forwards of ``swap`` from number ``since`` on were like, and keep it for planning. Returns the number of the
+    next one."""
     records = [record for record in swap.telemetry.records(wait=True) if record.index >= since]
     if not records:
         return since
@@ -29,4 +31,5 @@ def report(swap: Swap, since: int) -> int:
         f", peak {format_bytes(peak)} of {format_bytes(swap.limit)}" if peak else "",
         swap.plan.describe(),
     )
+    last_runs.note(swap)
     return records[-1].index + 1

@@ -32,17 +32,19 @@ WAN_SCOPE = Scope(
         | {"control_combine_linears"}
     ),
 )
+# parts of a block whose INT8 weights ComfyUI hands to a fused kernel without calling their layers
+FUSED_INT8 = {"Wan": frozenset({"ffn"}), "LTX-Video": frozenset({"ff"}), "LTX-Video 2": frozenset({"ff", "audio_ff"})}
 MEASURED = ("Wan",)
 WAN_TEXT = 512  # tokens that Wan's text is padded to
 CAST = 20.0  # bytes moved for each parameter that is cast and scaled at each use
 
 _PLAIN = {
-    COMFY: Costs(activation=33.8, least=27.5, fixed=55 * MIB, passes=170, block_seconds=1.5e-3),
-    WANVIDEO: Costs(activation=31.2, least=25.5, fixed=55 * MIB, passes=185, block_seconds=1.6e-3),
+    COMFY: Costs(activation=33.8, least=27.5, fixed=55 * MIB, passes=170, calls=105),
+    WANVIDEO: Costs(activation=31.2, least=25.5, fixed=55 * MIB, passes=185, calls=140),
 }
 _FP8 = {
-    COMFY: Costs(activation=40.6, least=33.5, fixed=50 * MIB, passes=220, block_seconds=4.3e-3, fp8_products=True),
-    WANVIDEO: Costs(activation=31.0, least=24.0, fixed=80 * MIB, passes=185, block_seconds=2.6e-3, weight_bytes=CAST),
+    COMFY: Costs(activation=40.6, least=33.5, fixed=50 * MIB, passes=220, calls=230, fp8_products=True),
+    WANVIDEO: Costs(activation=22.3, least=20.5, fixed=300 * MIB, passes=185, calls=165, weight_bytes=CAST),
 }
 
 
@@ -60,12 +62,12 @@ def sizes_in(host: str, facts: ModelFacts, config: SwapConfig) -> tuple[PackedSi
     """The layers that the engine will pack in ``host``, and the bytes of all other weights of the transformer, whoever
     places them. WanVideoWrapper is taken to load in bf16, its default."""
     if host != WANVIDEO:
-        sizes = facts.layers(config)
-        return sizes, sizes.rest_bytes
+        fused = FUSED_INT8.get(facts.family, frozenset()) if facts.quantization == "INT8" else frozenset()
+        sizes = facts.layers(config, scope=Scope(whole=fused))
+        return sizes, sizes.beside_bytes
     scope = replace(WAN_SCOPE, leave=WAN_SCOPE.leave | {"scale_weight"})  # it keeps scales as plain attributes
     sizes = facts.layers(config, scope=scope, compute_dtype=torch.bfloat16, first=(VACE_BLOCKS,))
-    whole = facts.layers(config, compute_dtype=torch.bfloat16)
-    return sizes, whole.packed_bytes + whole.rest_bytes - sizes.packed_bytes
+    return sizes, sizes.beside_bytes
 
 
 def costs_of(host: str, facts: ModelFacts) -> Costs:
@@ -86,12 +88,26 @@ def shape_of(facts: ModelFacts) -> Shape | None:
 
 
 def tokens_of(facts: ModelFacts, width: int, height: int, frames: int) -> int:
-    """Tokens of a video (``frames`` 1: an image) of so many pixels. VAEs shrink 8 times, and 4 times in time; that of
-    Wan 2.2 5B 16 times. Raises ValueError for sizes below one token."""
-    shrink = 16 if facts.sizes.in_channels == 48 and facts.sizes.out_channels == 48 else 8
+    """Tokens of a video (``frames`` 1: an image) of so many pixels. Raises ValueError for sizes below one token."""
+    in_time, in_space = _shrink(facts)
     patch = facts.sizes.patch_size or (1, 2, 2)
     depth, rows, columns = (1, *patch)[-3:] if len(patch) == 2 else patch
-    counts = ((frames - 1) // 4 // depth + 1, height // shrink // rows, width // shrink // columns)
+    counts = ((frames - 1) // in_time // depth + 1, height // in_space // rows, width // in_space // columns)
     if frames < 1 or min(counts) < 1:
         raise ValueError(f"{width}x{height} pixels and {frames} frames are less than one token of this model")
     return math.prod(counts)
+
+
+def _shrink(facts: ModelFacts) -> tuple[int, int]:
+    """How many times the VAE of a model shrinks a video in time and in each direction of space, as ComfyUI's
+    ``comfy/latent_formats.py`` states it; for families that are not there 4 and 8."""
+    family, channels = facts.family, facts.sizes.out_channels
+    if family in ("LTX-Video", "LTX-Video 2"):
+        return 8, 32
+    if family == "Flux 2":
+        return 1, 16
+    if family == "HunyuanVideo":
+        return {32: (4, 16), 64: (1, 32)}.get(channels, (4, 8))  # 1.5, and HunyuanImage 2.1
+    if family == "Wan" and facts.sizes.in_channels == channels == 48:  # 2.2 5B
+        return 4, 16
+    return 4, 8

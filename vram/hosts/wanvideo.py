@@ -26,6 +26,7 @@ from ..contiguity import Guard
 from ..discover import Scope, is_compiled
 from ..gates import InstancePatches, hide_from_compile
 from ..packing import PackedModel
+from ..plan import within
 from ..swap import Swap, attach
 from .comfy import reason_to_pass
 from .comfy_state import HostProgress
@@ -270,15 +271,13 @@ class Managed:
     def _config(self, settings: Settings) -> Any:
         lists = tuple(name for name in WAN_BLOCKS if isinstance(self._list(name), nn.ModuleList))
         config = config_in(WANVIDEO, settings.config, lists)
-        asked = {BLOCKS: settings.blocks_to_swap, VACE_BLOCKS: settings.vace_blocks_to_swap}
+        asked = {"blocks": settings.blocks_to_swap, "VACE blocks": settings.vace_blocks_to_swap}
         if not any(asked.values()):
             return config
-        count = 0
-        for name, wanted in asked.items():
-            there = len(self._list(name) or ())
-            if wanted > there:
-                log.info("block swap: %d %s are to be streamed, but the model has %d", wanted, name, there)
-            count += min(wanted, there)
+        there = {"blocks": len(self._list(BLOCKS) or ()), "VACE blocks": len(self._list(VACE_BLOCKS) or ())}
+        count, remarks = within(asked, there)
+        for remark in remarks:
+            log.info("block swap: %s", remark)
         return replace(config, streamed_blocks=count)
 
     def _list(self, name: str) -> nn.ModuleList | None:
