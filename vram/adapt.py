@@ -76,14 +76,14 @@ class Adapter:
     def before(self, elements: int, budget: int) -> None:
         """A forward with ``elements`` input elements begins; torch may reserve ``budget`` bytes."""
         swap = self.swap
-        self._elements = elements
+        before, self._elements = self._elements, elements
         cuda = swap.device.type == "cuda"
         if elements > self._largest:
             self._begin_measuring(budget)
         elif not self._fixed and self._undecided:
             self._decide(budget)
         elif not self._fixed and self._config.mode == "adaptive":
-            self._watch(budget)
+            self._watch(budget, before == self._largest)
         if cuda and not self._measuring:
             torch.cuda.reset_peak_memory_stats(swap.device)
 
@@ -155,12 +155,13 @@ class Adapter:
             self._measured_units = self.swap.plan.units
         self._replan(budget)
 
-    def _watch(self, budget: int) -> None:
-        """Follow the limit: shrink at once, grow when there was room for a while."""
+    def _watch(self, budget: int, full: bool) -> None:
+        """Follow the limit: shrink at once, grow when there was room for a while. ``full``: the last forward was one with the
+        largest inputs, so that what it needed is enough for all."""
         if budget < self._planned_budget - MARGIN:
             self._replan(budget)
             return
-        if self._looks < LOOKS:
+        if full and self._looks < LOOKS:
             self._looks += 1
             if self._use_slack(budget):
                 self._looks = 0
