@@ -2,11 +2,12 @@
 block that is slow or raises. They import no other custom nodes."""
 
 from . import model, process, wanvideo
-from .base import TestSink, TestTellReport
+from .base import TestSink, TestSlowProgress, TestTellReport, TestTellText
 
 process.end_with_parent()
 process.serve_pending_flags()
 process.collect_garbage_faster()
 process.log_errors_told_to_the_user()
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in (TestSink, TestTellReport, *model.NODES, *wanvideo.NODES)}
+OF_ALL_HOSTS = (TestSink, TestTellReport, TestTellText, TestSlowProgress)
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in (*OF_ALL_HOSTS, *model.NODES, *wanvideo.NODES)}

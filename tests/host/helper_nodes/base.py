@@ -5,8 +5,11 @@ import logging
 import time
 from collections import Counter
 
+import comfy.utils
 import psutil
 import torch
+
+UPDATE = comfy.utils.ProgressBar.update_absolute
 
 
 class AnyType(str):
@@ -63,6 +66,42 @@ class TestTellReport(EveryPrompt):
             "shades": 1 + int(rows.diff().ne(0).sum(-1).max()),
         }
         return {"ui": {"text": [text, json.dumps(about)]}}
+
+
+class TestTellText(EveryPrompt):
+    """Tells a STRING as it is."""
+
+    FUNCTION = "tell"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"text": ("STRING", {"forceInput": True})}}
+
+    def tell(self, text: str) -> dict:
+        return {"ui": {"text": [text]}}
+
+
+class TestSlowProgress(EveryPrompt):
+    """From now on every move of a progress bar, in any prompt, takes so long, and is a line in the log; 0 ends it."""
+
+    FUNCTION = "slow"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"seconds": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 60.0})}}
+
+    def slow(self, seconds: float) -> dict:
+        def update_absolute(bar, value, *args, **kwargs) -> None:
+            logging.info("TestSlowProgress: %s", value)
+            time.sleep(seconds)
+            UPDATE(bar, value, *args, **kwargs)
+
+        comfy.utils.ProgressBar.update_absolute = update_absolute if seconds else UPDATE
+        return {}
 
 
 class Probe(EveryPrompt):

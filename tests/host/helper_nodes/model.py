@@ -90,4 +90,22 @@ class TestRaiseInBlock:
         return (patched,)
 
 
-NODES = (TestConditioning, TestSaveLatent, TestModelProbe, TestRaiseInBlock)
+class TestDeepClone:
+    """A clone of a MODEL with weights of its own, as the host makes one for each further GPU."""
+
+    CATEGORY = "test"
+    FUNCTION = "clone"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"model": ("MODEL",)}}
+
+    def clone(self, model) -> tuple:
+        copy = model.clone(force_deepcopy=True)
+        if copy.model is model.model:
+            raise RuntimeError("the clone shares its weights")
+        return (copy,)
+
+
+NODES = (TestConditioning, TestSaveLatent, TestModelProbe, TestRaiseInBlock, TestDeepClone)
