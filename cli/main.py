@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 
-from . import demo, doctor, plan
+from . import demo, doctor, growth, plan, quantize
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     demo.add_parser(commands)
     doctor.add_parser(commands)
+    growth.add_parser(commands)
     plan.add_parser(commands)
+    quantize.add_parser(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
