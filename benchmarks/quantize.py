@@ -288,9 +288,8 @@ def torchao(host: Host, path: Path, config: str, layers: set[str]) -> Any:
 
 def stream(folder: Path, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Every block streamed, over the floor."""
-    from intelligent_vram.vram.hosts import comfy as engine
-
     host, path = Host(device), folder / "bf16.safetensors"
+    engine = importlib.import_module("intelligent_vram.vram.hosts.comfy")  # needs ComfyUI's modules, which Host finds
     config = wan(args)
     write_checkpoint(path, config, device)
     bandwidth, rows = host_to_device_bandwidth(device), []
