@@ -124,7 +124,7 @@ def plan_conversion(
         return Conversion(paths, None, layout, sources, {}, {}, outputs, metadata)
     check_unquantized(facts, metadata)
     choice = choose_all(facts) if layout == SCALED_FP8 else choose(facts, format, keep, first_last)
-    if not choice.quantized:
+    if not choice.quantized or not facts.blocks:
         why = "it has no list of blocks that is known" if not facts.blocks else "every layer is kept as it is"
         raise Refused(f"{paths[0]}: no weight of it would be quantized: {why}. {facts.description}")
     shapes = {source.name: source.shape for source in sources}
