@@ -22,6 +22,8 @@ from ..vram.model_facts import ModelFacts, read_model
 from ..vram.plan import LimitTooSmall
 from ..vram.units import GIB
 
+MOST_PIXELS = 1 << 20
+
 
 def add_parser(commands: Any) -> None:
     """Register the subcommand."""
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         card = _card(args)
         image = len(facts.sizes.patch_size or ()) == 2
         tokens = tokens_of(facts, *(args.size or (832, 480, 1 if image else 81)))
-    except (Unreadable, NoDevice, hardware.NotMeasurable, ValueError) as error:
+    except (Unreadable, NoDevice, hardware.NotMeasurable, ValueError, RuntimeError) as error:
         print(f"intelligent-vram plan: {error}", file=sys.stderr)
         return 2
     wishes = Wishes(max_vram=args.vram, **PRESETS.get(args.preset, {}))
@@ -108,4 +110,7 @@ def _size(text: str) -> tuple[int, int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", text.lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text} is not like 832x480x81 or 1024x1024")
-    return int(match[1]), int(match[2]), int(match[3] or 1)
+    size = tuple(int(number[:20]) for number in (match[1], match[2], match[3] or "1"))
+    if max(size) > MOST_PIXELS:
+        raise argparse.ArgumentTypeError(f"{text[:60]} is larger than {MOST_PIXELS:,} in a direction")
+    return size

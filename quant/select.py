@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..vram.model_facts import FLOATS, ModelFacts
 from .formats import Format
+
+if sys.version_info >= (3, 11):
+    from re import _parser as parser
+else:
+    import sre_parse as parser
+
+MOST_OPEN = 3  # names are up to a few hundred characters long, and there are thousands
+LONG_REPEAT = 50
 
 # Names of layers inside blocks that stay as they are: embeddings, modulation, norms, and parts that refine a prompt once. The
 # first and last layers of a model (its embedders and its head) lie outside its blocks and stay anyway.
@@ -90,10 +100,41 @@ def _sorted_by(facts: ModelFacts, reason: Callable[[str, str, tuple[int, ...]], 
 
 
 def _compiled(keep: str | None) -> re.Pattern[str] | None:
+    """The pattern; refused where searching for it could take longer than anybody waits."""
+    if not keep:
+        return None
     try:
-        return re.compile(keep, re.IGNORECASE) if keep else None
-    except re.error as error:
-        raise ValueError(f"the pattern of what to keep, {keep!r}, is no regular expression: {error}") from None
+        pattern = re.compile(keep, re.IGNORECASE)
+        open_ended = _open_ended(parser.parse(keep))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"the pattern of what to keep, {keep[:200]!r}, is no regular expression: {error}") from None
+    if open_ended > MOST_OPEN:
+        raise ValueError(
+            f"the pattern of what to keep, {keep[:200]!r}, could take for ever: one alternative of it repeats without an end "
+            f"{open_ended} times, or repeats a repetition; use at most {MOST_OPEN} of * and + in each, none inside another"
+        )
+    return pattern
+
+
+def _open_ended(parsed: Iterable[Any]) -> int:
+    """Repetitions without an end in a parsed pattern, of alternatives the most; one inside another counts as too many."""
+    count = 0
+    for kind, argument in parsed:
+        inner = [part for part in _subpatterns(argument) if part is not argument]
+        inside = max(map(_open_ended, inner), default=0)
+        if str(kind) in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") and argument[1] > LONG_REPEAT:
+            count += 1 + (inside and MOST_OPEN)
+        else:
+            count += inside
+    return count
+
+
+def _subpatterns(argument: Any) -> Iterator[Any]:
+    if isinstance(argument, parser.SubPattern):
+        yield argument
+    elif isinstance(argument, tuple | list):
+        for part in argument:
+            yield from _subpatterns(part)
 
 
 def _block_of(layer: str, blocks: set[str]) -> str | None:

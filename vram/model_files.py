@@ -58,6 +58,7 @@ MOST_DIMENSIONS = 8
 MOST_ELEMENTS = 1 << 50
 AGAIN = "Download or copy it again"
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
+SAFE_PICKLES = (2, 6)  # torch.load(weights_only=True) before that could run code
 FORMATS = (".safetensors", ".sft", ".gguf", *PICKLED)
 
 
@@ -178,7 +179,9 @@ def check_alignment(tensors: list[Stored]) -> Iterator[Issue]:
 
 
 def _inspect_safetensors(path: Path) -> Report:
-    tensors, metadata, begin = read_header(path)
+    from .model_headers import LONGEST_HEADER, check_json
+
+    tensors, metadata, begin = read_header(path, LONGEST_HEADER, check_json)
     facts = {t.name: Facts(SAFETENSORS_DTYPES.get(t.dtype, (t.dtype,))[0], t.shape) for t in tensors}
     fp8 = fp8_weights(facts)
     issues = (
@@ -212,10 +215,13 @@ def inspect_file(path: str | os.PathLike[str]) -> Report:
 
 
 def _inspect_gguf(path: Path) -> Report:
+    from .model_headers import read_gguf  # which needs this module
+
     try:
         import gguf
     except ImportError:
         raise Unreadable("reading GGUF needs the gguf package: pip install gguf") from None
+    read_gguf(path)  # bounded, where the package would follow a length that the file claims
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:
@@ -233,6 +239,10 @@ def _inspect_gguf(path: Path) -> Report:
 
 
 def _inspect_pickled(path: Path) -> Report:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_PICKLES:
+        raise Unreadable(
+            f"PyTorch {torch.__version__} can be made to run code by such a file (CVE-2025-32434): update to 2.6 or newer"
+        )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:

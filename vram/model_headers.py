@@ -80,7 +80,7 @@ def read_weights(path: Path) -> list[Weight]:
         if not path.is_file():
             raise Unreadable("it is a folder; name the files in it" if path.is_dir() else "there is no such file")
         if suffix == ".gguf":
-            return _read_gguf(path)
+            return read_gguf(path)
         if suffix in (".safetensors", ".sft"):
             return _read_safetensors(path)
     except OSError as error:
@@ -156,7 +156,7 @@ class _Reader:
             raise Unreadable(f"its header is longer than {format_bytes(LONGEST_HEADER)}. {AGAIN}")
 
 
-def _read_gguf(path: Path) -> list[Weight]:
+def read_gguf(path: Path) -> list[Weight]:
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError:

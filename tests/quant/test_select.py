@@ -3,7 +3,7 @@
 import pytest
 import torch
 from intelligent_vram.quant.formats import FORMATS
-from intelligent_vram.quant.select import DEFAULT_KEEP, choose, choose_all
+from intelligent_vram.quant.select import DEFAULT_KEEP, _compiled, choose, choose_all
 from intelligent_vram.vram.model_facts import facts_of_tensors
 
 from .conftest import BLOCKS, QUANTIZED
@@ -98,3 +98,16 @@ def test_the_older_layout_takes_all_linear_layers_and_no_table():
     choice = choose_all(facts_of(*names, "blocks.0.fc.bias"))
     assert choice.quantized == (names[0], names[1], names[3])
     assert "table" in choice.kept["token_embedding.weight"]
+
+
+@pytest.mark.parametrize("keep", ["(a+)+$", "(.*.*)*x$", "a*b*c*d*e", "(" * 3000, "a{99999999999999999999}", "("])
+def test_patterns_that_are_none_or_could_take_for_ever_are_refused(keep):
+    with pytest.raises(ValueError, match="pattern of what to keep"):
+        _compiled(keep)
+
+
+@pytest.mark.parametrize(
+    "keep", [DEFAULT_KEEP, r"blocks\.\d+\.attn.*(q|k)\..*", "x|y.*|z+|a.*b.*", r"blocks\.(0|39)\."]
+)
+def test_patterns_that_people_write_are_taken(keep):
+    assert _compiled(keep) is not None
