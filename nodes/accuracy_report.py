@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy
-import torch
-
-from ..quant.accuracy import Accuracy, ErrorSum
+if TYPE_CHECKING:
+    import torch
 
 
 class ModelAccuracyReport:
@@ -84,6 +82,10 @@ class ModelAccuracyReport:
     def compare(
         self, reference: Any, model: Any, positive: Any, latent: dict[str, Any], seed: int, position: float = 0.0
     ) -> tuple[str, torch.Tensor, float]:
+        import numpy
+        import torch
+
+        from ..quant.accuracy import Accuracy, ErrorSum
         from ..vram.hosts.compare import Comparison
 
         comparison = Comparison(reference, model)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..vram.config import SwapConfig
-from ..vram.plan import MODES
+from ..vram.hosts import panel
+
+if TYPE_CHECKING:
+    from ..vram.config import SwapConfig
+
+panel.serve()
 
 
 def swap_inputs() -> dict[str, Any]:
     """The settings of block swap, as the inputs of a node."""
+    from ..vram.plan import MODES
+
     return {
         "max_vram_gb": (
             "FLOAT",
@@ -64,6 +70,8 @@ PLAN_INPUT = (
 
 def chosen(plan: Any, max_vram_gb: float, block_size_mb: int, swap_mode: str, empty_cache_freq: int) -> SwapConfig:
     """The configuration of a connected plan, else of the node's own numbers."""
+    from ..vram.config import SwapConfig
+
     config = SwapConfig.from_user(max_vram_gb, block_size_mb, swap_mode, empty_cache_freq)
     return config if plan is None else replace(plan.config, empty_cache_every=config.empty_cache_every)
 

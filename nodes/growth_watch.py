@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
-import torch
-
 from .anything import ANYTHING, anything_input
 
 
@@ -51,6 +48,9 @@ class GrowthWatchNode:
         return float("nan")
 
     def watch(self, anything: Any, label: str) -> dict[str, Any]:
+        import numpy
+        import torch
+
         from ..vram.growth_picture import draw_growth
         from ..vram.hosts import memory_nodes
 

@@ -5,11 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import numpy
-import torch
-
-from ..vram.advice_report import picture, report
-from ..vram.advise import PRESETS, Advice, Wishes, advise
 from .block_swap import PLAN
 
 log = logging.getLogger(__name__)
@@ -40,6 +35,7 @@ class IntelligentVRAMNode:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        from ..vram.advise import PRESETS
         from ..vram.hosts.planning import model_names
 
         def number(kind: str, default: float, low: float, high: float, tooltip: str, **more: Any) -> tuple[str, dict]:
@@ -180,8 +176,13 @@ class IntelligentVRAMNode:
         num_frames: int,
         model_name: str,
         model: Any = None,
-    ) -> tuple[dict[str, Any], Advice, str, torch.Tensor]:
-        from ..vram.hosts import planning, traits, wanvideo
+    ) -> dict[str, Any]:
+        import numpy
+        import torch
+
+        from ..vram.advice_report import picture, report
+        from ..vram.advise import PRESETS, Wishes, advise
+        from ..vram.hosts import panel, planning, traits, wanvideo
 
         wishes = Wishes(
             blocks_to_swap=blocks_to_swap,
@@ -209,4 +210,5 @@ class IntelligentVRAMNode:
         image = torch.from_numpy(numpy.array(picture(facts, card, advice).convert("RGB"), dtype=numpy.float32) / 255)[
             None
         ]
-        return arguments, advice, "\n".join(lines), image
+        shown = {"intelligent_vram": [panel.planned(advice)]}
+        return {"ui": shown, "result": (arguments, advice, "\n".join(lines), image)}

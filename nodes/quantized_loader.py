@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..quant.convert import Conversion, into_memory, plan_conversion
-from ..quant.formats import FORMATS
-from ..quant.select import DEFAULT_KEEP
-from ..quant.source import AlreadyQuantized
-from ..vram.units import format_bytes
 from .block_swap import PLAN_INPUT, chosen, swap_inputs
+
+if TYPE_CHECKING:
+    from ..quant.convert import Conversion
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +18,7 @@ NONE, BLOCK_SWAP = "none", "block_swap"
 
 def conversion_inputs(quantizations: list[str]) -> dict[str, Any]:
     """What is converted and how, as the inputs of a node."""
+    from ..quant.select import DEFAULT_KEEP
     from ..vram.hosts.comfy_quant import COMPUTE, model_names
 
     return {
@@ -63,6 +62,7 @@ def conversion_inputs(quantizations: list[str]) -> dict[str, Any]:
 
 def planned(path: str, quantization: str, compute: str, keep: str) -> tuple[Conversion, list[str]]:
     """The conversion of a file into what the running ComfyUI reads, and in words what of that is not as it was asked for."""
+    from ..quant.convert import plan_conversion
     from ..vram.hosts import comfy_quant, quant_choice
 
     if quantization == NONE:
@@ -78,6 +78,8 @@ def planned(path: str, quantization: str, compute: str, keep: str) -> tuple[Conv
 
 def told(conversion: Conversion, device: Any, seconds: float) -> list[str]:
     """What a conversion made of a model, and how fast it was."""
+    from ..vram.units import format_bytes
+
     if conversion.format is None:
         made = f"{len(conversion.paths)} files, nothing quantized"
     else:
@@ -95,6 +97,8 @@ def told(conversion: Conversion, device: Any, seconds: float) -> list[str]:
 
 def load_model(path: str, quantization: str, compute: str, keep: str) -> tuple[Any, list[str]]:
     """The MODEL of a file, and the report on its conversion."""
+    from ..quant.convert import into_memory, plan_conversion
+    from ..quant.source import AlreadyQuantized
     from ..vram.hosts import comfy_quant
     from ..vram.hosts.comfy_state import HostProgress
 
@@ -138,6 +142,8 @@ class QuantizedModelLoader:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        from ..quant.formats import FORMATS
+
         swap = swap_inputs()
         del swap["empty_cache_freq"]
         offload = (

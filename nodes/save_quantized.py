@@ -6,8 +6,6 @@ import logging
 import time
 from typing import Any
 
-from ..quant.convert import into_file
-from ..quant.formats import FORMATS
 from .quantized_loader import conversion_inputs, planned, told
 
 log = logging.getLogger(__name__)
@@ -33,6 +31,8 @@ class SaveQuantizedModel:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        from ..quant.formats import FORMATS
+
         return {
             "required": {
                 **conversion_inputs([*FORMATS]),
@@ -64,6 +64,7 @@ class SaveQuantizedModel:
         filename: str,
         overwrite: bool,
     ) -> dict[str, Any]:
+        from ..quant.convert import into_file
         from ..vram.hosts import comfy_quant, planning, quant_choice
         from ..vram.hosts.comfy_state import HostProgress
 

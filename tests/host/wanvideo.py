@@ -334,7 +334,7 @@ class Sampler:
         """Run the prompt. PromptFailed if it does not succeed."""
         start = len(self.server.log_text())
         entry = self.server.run(self.prompt(kind, **scene))
-        outputs = {name: output["text"][0] for name, output in entry["outputs"].items()}
+        outputs = {name: output["text"][0] for name, output in entry["outputs"].items() if "text" in output}
         reports = {name: json.loads(text) for name, text in outputs.items() if name.startswith("probe")}
         return Sampled(saved_latent(entry), self.server.log_text()[start:], reports)
 

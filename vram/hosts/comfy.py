@@ -31,6 +31,7 @@ from ..memory import snapshot
 from ..packing import Patches
 from ..swap import Swap, attach
 from ..units import GIB
+from . import panel
 from .comfy_state import HostProgress, PatchIdentity, State
 from .report import report
 
@@ -67,7 +68,7 @@ def wrap(model: Any, config: SwapConfig) -> Any:
     _cast_to_model_dtype(static.model)
     patcher = static.clone()
     patcher.__class__ = _streamed_class(type(static))
-    patcher.swap_config = config
+    patcher.swap_config, patcher.swap_node = config, panel.executing_node()
     patcher.offload_device = torch.device("cpu")
     return patcher
 
@@ -128,10 +129,11 @@ class StreamedPatcher:
     """Mixed into the host's ModelPatcher. All copies made by ``clone`` stream too."""
 
     swap_config: SwapConfig
+    swap_node: str | None = None
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
         copy = super().clone(*args, **kwargs)
-        copy.swap_config = self.swap_config
+        copy.swap_config, copy.swap_node = self.swap_config, self.swap_node
         return copy
 
     @property
@@ -168,6 +170,7 @@ class StreamedPatcher:
         key = self._key(device_to)
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             if self.swap is not None and state.key == key:
+                panel.attached(self.swap, self.swap_node)
                 self.patch_model(load_weights=False)
                 self.apply_hooks(self.forced_hooks, force_apply=True)
                 return 0
@@ -202,6 +205,7 @@ class StreamedPatcher:
             )
             state.packed, state.owner = state.swap.packed, id(self)
             state.reported = 0
+            panel.attached(state.swap, self.swap_node)
             self._back_up()
             self.model.to(device_to)
             self.model.device = device_to
@@ -240,6 +244,7 @@ class StreamedPatcher:
         super().cleanup()
         if self.swap is not None:
             self._state.reported = report(self.swap, self._state.reported)
+            panel.finished(self.swap)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

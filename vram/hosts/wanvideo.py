@@ -28,6 +28,7 @@ from ..gates import InstancePatches, hide_from_compile
 from ..packing import PackedModel
 from ..plan import within
 from ..swap import Swap, attach
+from . import panel
 from .comfy import reason_to_pass
 from .comfy_state import HostProgress
 from .report import report
@@ -154,6 +155,7 @@ class Managed:
         if self.swap is not None:
             self._tell(wait=True)
             report(self.swap, 0)
+            panel.finished(self.swap)
             self._packed = self.swap.detach()
             self.swap = None
 
@@ -259,6 +261,7 @@ class Managed:
             )
         finally:
             self._busy = False
+        panel.attached(self.swap, panel.node_of(settings.token))
         self._packed, self._told, self._debug = None, 0, settings.debug
         self._used = True
         return True
@@ -327,6 +330,7 @@ def wrap(model: Any, args: dict[str, Any]) -> Any:
 def watch(args: dict[str, Any]) -> str | None:
     """Let transformers that the wrapper gives ``args`` to be managed when their first run begins, for as long as ``args``
     or a copy of them lives. Returns what was looked for and not found, None when all is well."""
+    panel.made(args[KEY].settings.token)
     return watch_classes(args[KEY].settings.token, _named_parameters_at_first)
 
 
