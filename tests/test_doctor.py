@@ -379,7 +379,7 @@ def test_a_gguf_file_that_is_cut_off_is_refused(tmp_path, length):
     pytest.importorskip("gguf")
     path = write_gguf(tmp_path / "a.gguf")
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(Unreadable, match="cut off|ends inside|no GGUF"):
+    with pytest.raises(Unreadable, match=r"cut off|ends inside|no GGUF"):
         inspect_file(path)
 
 
