@@ -188,7 +188,7 @@ def serve() -> None:
         try:
             body = await request.json()
             client, what, on = body["client"], body["what"], bool(body.get("on", True))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return web.json_response({"seconds": 0}, status=400)
         if not isinstance(client, str) or what not in (PANEL, NODES):
             return web.json_response({"seconds": 0}, status=400)
