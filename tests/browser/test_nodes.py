@@ -87,3 +87,27 @@ def test_a_result_is_there_again_after_the_page_was_loaded_anew(page: Panel) -> 
     again.open(workflow(steps=3))
     again.page.locator(".ivram-node[data-state=lastRun]").wait_for(timeout=20_000)
     assert not again.errors
+
+
+def test_each_node_is_found_by_search_and_added(page: Panel) -> None:
+    """As a user does: double click on the canvas, type what it is called, press Enter."""
+    ours = {
+        name: info["display_name"]
+        for name, info in page.server.get("/object_info").items()
+        if info["category"] == "Intelligent VRAM"
+    }
+    assert len(ours) == 8
+    for name, called in ours.items():
+        page.script("app.graph.clear()")
+        page.page.mouse.dblclick(800, 520)
+        page.page.wait_for_timeout(400)
+        box = page.page.locator(".comfy-vue-node-search-container input")
+        if box.count():  # an older front end, which does not always give it the focus
+            box.first.click()
+        page.page.keyboard.type(called.removesuffix(" (Intelligent VRAM)"), delay=5)
+        page.page.wait_for_timeout(700)
+        page.page.keyboard.press("Enter")
+        page.page.wait_for_timeout(300)
+        page.page.mouse.click(800, 520)  # newer front ends let the node follow the pointer until it is put down
+        page.until(lambda name=name: page.script("return app.graph._nodes.map((node) => node.type)") == [name])
+        page.page.keyboard.press("Escape")

@@ -98,7 +98,7 @@ def test_more_blocks_than_there_are_is_all_of_them(sampler: Sampler, way: str) -
     run = assert_streamed(sampled, sampler.reference("plain"))
     assert run.streamed == run.units == BLOCKS
     assert sampled.log.count(f"999 blocks are to be streamed, but the model has {BLOCKS}") == 1
-    assert sampled.log.count("3 vace_blocks are to be streamed, but the model has 0") == 1
+    assert sampled.log.count("3 VACE blocks are to be streamed, but the model has 0") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Several ranks attend to one long sequence, each bringing a piece of its keys and values.
 
-    torchrun --standalone --nproc-per-node 2 examples/kv_sync.py             # on CPUs, over Gloo
-    torchrun --standalone --nproc-per-node 2 examples/kv_sync.py --cuda      # on GPUs, over NCCL
+    torchrun --standalone --nproc-per-node 2 docs/kv_sync.py             # on CPUs, over Gloo
+    torchrun --standalone --nproc-per-node 2 docs/kv_sync.py --cuda      # on GPUs, over NCCL
 
 Every rank computes keys and values for its own part of each new block, and a layer's exchange runs while the next layer
 computes. At the end every rank has the same cache, which is checked. ``--strategy pairwise`` for the other exchange;
