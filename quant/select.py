@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..vram.model_facts import FLOATS, ModelFacts
+from ..vram.model_headers import Weight
 from .formats import Format
 
 if sys.version_info >= (3, 11):
@@ -60,12 +61,7 @@ def choose(facts: ModelFacts, format: Format, keep: str | None = DEFAULT_KEEP, f
         if not first_last <= number < count - first_last
     }
 
-    def reason(name: str, dtype: str, shape: tuple[int, ...]) -> str | None:
-        layer = name.removesuffix(".weight")
-        if layer == name or len(shape) != 2:
-            return NO_MATRIX
-        if dtype not in FLOATS:
-            return NO_FLOAT
+    def reason(layer: str, shape: tuple[int, ...]) -> str | None:
         block = _block_of(layer, blocks)
         if block is None:
             return OUTSIDE
@@ -80,19 +76,21 @@ def choose_all(facts: ModelFacts) -> Choice:
     """Quantize every linear layer: hosts that read the older layout run all of them in FP8, scaled or not. Tables of
     embeddings, which those hosts leave alone, are known by their names."""
 
-    def reason(name: str, dtype: str, shape: tuple[int, ...]) -> str | None:
-        layer = name.removesuffix(".weight")
-        if layer == name or len(shape) != 2:
+    return _sorted_by(facts, lambda layer, shape: TABLE if _TABLE.search(layer) else None)
+
+
+def _sorted_by(facts: ModelFacts, reason: Callable[[str, tuple[int, ...]], str | None]) -> Choice:
+    """Weights of linear layers that are floats and that ``reason``, given the layer's name and the shape, does not keep."""
+
+    def why_kept(weight: Weight) -> str | None:
+        layer = weight.name.removesuffix(".weight")
+        if layer == weight.name or len(weight.shape) != 2:
             return NO_MATRIX
-        if dtype not in FLOATS:
+        if weight.dtype not in FLOATS:
             return NO_FLOAT
-        return TABLE if _TABLE.search(layer) else None
+        return reason(layer, weight.shape)
 
-    return _sorted_by(facts, reason)
-
-
-def _sorted_by(facts: ModelFacts, reason: Callable[[str, str, tuple[int, ...]], str | None]) -> Choice:
-    reasons = {weight.name: reason(weight.name, weight.dtype, weight.shape) for weight in facts.weights}
+    reasons = {weight.name: why_kept(weight) for weight in facts.weights}
     return Choice(
         tuple(name for name, why in reasons.items() if why is None),
         {name: why for name, why in reasons.items() if why is not None},
