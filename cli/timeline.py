@@ -33,6 +33,7 @@ from ..vram.drawing import (
     swatch_box,
     text_width,
 )
+from ..vram.units import GIB
 
 WIDTH = 1600
 LEFT, RIGHT = 160, 1560  # x of the plot's left edge and of the first column beyond it
@@ -46,7 +47,6 @@ TICKS = 14  # at most so many tick marks
 FINE = 8  # columns drawn for one pixel, so that intervals narrower than a pixel blend instead of hiding each other
 HATCHED_WIDTH = 3  # pixels; narrower stalls are too small for a hatch and get its colour
 SHORTEST_STALL = 20e-6  # seconds; what is shorter is the time between two kernel launches
-GIB = 1024**3
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,14 @@ class SaveQuantizedModel:
         overwrite: bool,
     ) -> dict[str, Any]:
         from ..quant.convert import into_file
+        from ..quant.write import check_writable
         from ..vram.hosts import comfy_quant, planning, quant_choice
         from ..vram.hosts.comfy_state import HostProgress
 
         conversion, lines = planned(planning.file_of(model_name), quantization, compute, keep_high_precision)
         default = comfy_quant.default_name(conversion.paths[0], conversion.format.name)
         target = comfy_quant.new_file(filename or default)
+        check_writable(target, overwrite)  # before models are unloaded to make room
         device = comfy_quant.conversion_device()
         start = time.perf_counter()
         with comfy_quant.room_on(device):

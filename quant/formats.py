@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-MULTIPLE = 16  # of rows and columns, that FP8 and INT8 matrix products want
+from ..vram.inspect_weights import FP8_MULTIPLE as MULTIPLE  # INT8 products want it too
+
 GROUP = 256  # columns that ConvRot rotates together, for which comfy-kitchen has fused kernels
 
 

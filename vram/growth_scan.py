@@ -69,8 +69,10 @@ def samples(kinds: Collection[Kind], known: Collection[int], most: int = 3) -> t
     tensors: list[torch.Tensor] = []
     found: list[Kind] = []
     for key, (tensor, _) in _live().items():
+        if key in known:
+            continue
         kind = kind_of(tensor)
-        if kind in kinds and key not in known and found.count(kind) < most:
+        if kind in kinds and found.count(kind) < most:
             tensors.append(tensor)
             found.append(kind)
     return tensors, found

@@ -53,7 +53,7 @@ class _Watched:
 
 _lock = threading.Lock()
 _watched: list[_Watched] = []
-_runs: deque[Run] = deque(maxlen=KEPT_RUNS)
+_runs: deque[dict[str, Any]] = deque(maxlen=KEPT_RUNS)
 _nodes: OrderedDict[str, dict[str, Any]] = OrderedDict()
 _memory: dict[torch.device, tuple[float, MemorySnapshot]] = {}
 _number = 0
@@ -92,7 +92,7 @@ def finished(swap: Swap, prompt: str | None = None) -> None:
         figures=figures_of(swap, steps),
     )
     with _lock:
-        _runs.append(run)
+        _runs.append(asdict(run))
         if run.node is not None:
             _nodes.pop(run.node, None)
             _nodes[run.node] = of_node(run.strip, run.figures)
@@ -128,7 +128,7 @@ def state(default: torch.device | str = "cpu") -> dict[str, Any]:
     devices = [_device(place, [pair for pair in attached if pair[1].device == place]) for place in places]
     ram = _ram([swap for _, swap in attached])
     with _lock:
-        runs = [asdict(run) for run in reversed(_runs)]
+        runs = list(reversed(_runs))
     return {"ram": ram, "devices": devices, "runs": runs, "warnings": warnings(ram, devices)}
 
 

@@ -217,11 +217,9 @@ def inspect_file(path: str | os.PathLike[str]) -> Report:
 def _inspect_gguf(path: Path) -> Report:
     from .model_headers import read_gguf  # which needs this module
 
-    try:
-        import gguf
-    except ImportError:
-        raise Unreadable("reading GGUF needs the gguf package: pip install gguf") from None
     read_gguf(path)  # bounded, where the package would follow a length that the file claims
+    import gguf
+
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:
