@@ -36,6 +36,11 @@ def budget_now(device: torch.device, limit: int, outside_torch: int) -> int:
     return _within_card(limit - outside_torch, free + reserved(device))
 
 
+def taken_by_others(device: torch.device, limit: int, outside_torch: int) -> int:
+    """Bytes of what ``limit`` leaves to this process that it cannot reach now, because other programs hold them."""
+    return max(0, limit - outside_torch - budget_now(device, limit, outside_torch)) if device.type == "cuda" else 0
+
+
 def _within_card(budget: int, reachable: int | None) -> int:
     """``budget``, or a little less than what the process can reach on the card where that is less."""
     return budget if reachable is None else min(budget, reachable - SAFETY // 2)
