@@ -1,5 +1,6 @@
 """A thousand seeded faults: each ends in the right result to the bit, or in an error and a whole model, and leaves nothing."""
 
+import copy
 import gc
 import random
 import threading
@@ -70,11 +71,12 @@ def random_faults(dice):
 class Trial:
     """One model, one swap, a few forwards, and what went wrong."""
 
-    def __init__(self, seed, monkeypatch):
+    def __init__(self, seed, monkeypatch, device="cpu"):
+        self.device = torch.device(device)
         self.dice = dice = random.Random(seed)
         torch.manual_seed(seed)
         self.model = Model(dice.randint(2, 5))
-        self.x = torch.randn(2, TOKENS, WIDTH)
+        self.x = torch.randn(2, TOKENS, WIDTH).to(self.device)
         self.faults = random_faults(dice)
         disturb(self.model, self.faults)
         self.monkeypatch = monkeypatch
@@ -88,14 +90,12 @@ class Trial:
     def plain(self, strength):
         """What the model gives without the engine."""
         lora = patches(Faults(), strength, "up.weight")
-        with torch.no_grad():
-            for index, block in enumerate(self.model.blocks):
-                path = f"blocks.{index}.up.weight"
-                if lora.signature(path) is not None:
-                    block.up.weight.copy_(lora.apply(path, self.contents[path]))
-            result = self.model(self.x)
-            self.model.load_state_dict(self.contents)
-        return result
+        model = copy.deepcopy(self.model)
+        for index, block in enumerate(model.blocks):
+            path = f"blocks.{index}.up.weight"
+            if lora.signature(path) is not None:
+                block.up.weight.copy_(lora.apply(path, self.contents[path]))
+        return model.to(self.device)(self.x)
 
     def config(self):
         dice = self.dice
@@ -103,7 +103,9 @@ class Trial:
         return SwapConfig(
             mode=dice.choice(MODES),
             block_size=dice.choice((2000, 9000, 40_000)),
-            max_vram=dice.choice((None, 60_000 + weights, 60_000 + weights // 2)),
+            max_vram=dice.choice((None, 60_000 + weights, 60_000 + weights // 2))
+            if self.device.type == "cpu"
+            else None,
             streamed_blocks=dice.choice((None, None, 1)),
             host_budget=dice.choice((None, None, 0, weights // 2)),
         )
@@ -114,7 +116,7 @@ class Trial:
                 swap = attach(
                     self.model,
                     self.config(),
-                    "cpu",
+                    self.device,
                     patches=patches(self.faults, self.strength, "up.weight"),
                     progress=progress(self.faults),
                 )
@@ -165,30 +167,46 @@ class Trial:
         assert hung(self.model) == self.hung
         assert all(torch.equal(now[name], tensor) for name, tensor in self.contents.items())
         self.faults.armed = False
-        with torch.no_grad():
-            assert torch.equal(self.model(self.x), self.wanted[0.0])
+        assert torch.equal(copy.deepcopy(self.model).to(self.device)(self.x), self.wanted[0.0])
 
 
 def left_over():
+    """What a trial could have left behind: threads, file handles, device memory."""
     gc.collect()
     threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("intelligent-vram")]
-    return threads, psutil.Process().num_fds() if hasattr(psutil.Process, "num_fds") else 0
+    files = psutil.Process().num_fds() if hasattr(psutil.Process, "num_fds") else 0
+    return threads, files, torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def run_trials(seeds, monkeypatch, device="cpu"):
+    """Run a trial for each seed; an error tells its seed and its faults. Returns the kinds of fault that were reached."""
+    kinds = set()
+    for seed in seeds:
+        trial = Trial(seed, monkeypatch, device)
+        try:
+            trial.run()
+        except BaseException as error:
+            told = f"seed {seed}, faults at {trial.faults.at}, for good {set(trial.faults.forever)}"
+            raise AssertionError(told) from error
+        kinds |= set(trial.faults.hits)
+    return kinds
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
 @torch.no_grad()
 def test_whatever_fails_the_result_is_right_or_the_model_is_whole(first, monkeypatch):
     before = left_over()
-    kinds = set()
-    for seed in range(first, first + CHUNK):
-        trial = Trial(seed, monkeypatch)
-        try:
-            trial.run()
-        except BaseException as error:
-            error.add_note(f"seed {seed}, faults at {trial.faults.at}, forever {set(trial.faults.forever)}") if hasattr(
-                error, "add_note"
-            ) else None
-            raise
-        kinds |= set(trial.faults.hits)
+    kinds = run_trials(range(first, first + CHUNK), monkeypatch)
+    assert left_over() == before
+    assert len(kinds) > len(ERRORS) // 2, "the faults are reached"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@torch.no_grad()
+def test_on_a_gpu_whatever_fails_the_result_is_right_or_the_model_is_whole(monkeypatch):
+    run_trials(range(5), monkeypatch, "cuda")  # libraries allocate once
+    before = left_over()
+    kinds = run_trials(range(SEEDS, SEEDS + 200), monkeypatch, "cuda")
     assert left_over() == before
     assert len(kinds) > len(ERRORS) // 2, "the faults are reached"
