@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -137,6 +138,7 @@ class Swap:
         self._outside_torch = snapshot(self.device).outside_torch
         with limit.held(self.device, limit.budget_now(self.device, self.limit, self._outside_torch)):
             self.apply(first)
+        packed.owner = self
         self.setup_seconds = time.perf_counter() - started
         log.info(
             "block swap (%s) attached to %s in %.1f s: %s packed, %s of streamed weights in %s of RAM (%s page-locked), "
@@ -195,12 +197,19 @@ class Swap:
             self.streamer.release_all()
             try:
                 self._take_patches(patches)
+                self._patches = patches
             except BaseException:
-                self._take_patches(self._patches)
+                self._mend()
                 raise
             finally:
                 self.apply(self.plan)
-            self._patches = patches
+
+    def _mend(self) -> None:
+        """Bring back the patches from before a change that failed. Where that fails too, the next forward tries again."""
+        try:
+            self._take_patches(self._patches)
+        except Exception as error:
+            log.error("the weights as they were before cannot be packed either (%s); the next forward tries again", error)
 
     def _take_patches(self, patches: Patches) -> None:
         """Bring all weights, packed and on the device, up to date with ``patches``."""
@@ -210,6 +219,39 @@ class Swap:
             self._rest.update(patches)
         finally:
             self._rest.bind()
+
+    def _ready(self) -> None:
+        """Weights whole, and where they may be, before a forward computes with them."""
+        if self.packed.torn or self._rest.torn:
+            self.streamer.release_all()
+            self._take_patches(self._patches)
+            self.apply(self.plan)
+        if self.packed.use():
+            self.sources_changed()
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[bool]:
+        """Whether no forward and no copy of the model is under way, see ``packing.Owner``."""
+        if not self._forward_lock.acquire(blocking=False):
+            yield False
+            return
+        try:
+            if self._depth or self.plan is None:
+                yield False
+                return
+            with self.streamer.lock:
+                for unit in self.streamer.units:
+                    if unit.load is not None:
+                        unit.load.failed()
+                self.link.synchronize()
+                yield True
+        finally:
+            self._forward_lock.release()
+
+    def sources_changed(self) -> None:
+        """Page-locked memory went to another model, or came back."""
+        for unit, planned in zip(self.streamer.units, self.plan.units, strict=True):
+            unit.source = self.packed.source(planned.first, planned.last)
 
     def tensors(self) -> Iterator[Slotted]:
         """All weights that the engine has in its hands, as they are in host memory without patches."""
@@ -328,6 +370,7 @@ class Swap:
             budget = limit.budget_now(self.device, self.limit, self._outside_torch)
             self._held = limit.held(self.device, budget)
             self._held.__enter__()
+            self._ready()
             self._adapter.before(_elements((args, kwargs)), budget)
             self.streamer.begin()
         except BaseException as error:
