@@ -19,6 +19,7 @@ import torch
 
 from ..vram.arena import HostSegment
 from ..vram.model_headers import ModelUnreadable
+from ..vram.page_lock import registrar_for
 from ..vram.units import MIB
 from .source import Located
 
@@ -49,7 +50,7 @@ class ReadAhead:
 
     def __enter__(self) -> ReadAhead:
         for slot, segment in enumerate(self._segments):
-            segment.page_lock(self.device)
+            segment.page_lock(registrar_for(self.device))
             self._read_into(slot)
         return self
 
@@ -123,7 +124,7 @@ class Outbox:
         self._running: deque[Future[None]] = deque()
         self._pool = ThreadPoolExecutor(_threads(WRITERS), thread_name_prefix="intelligent-vram-write")
         for segment in self._segments:
-            segment.page_lock(device)
+            segment.page_lock(registrar_for(device))
             self._free.put(segment)
 
     def __enter__(self) -> Outbox:

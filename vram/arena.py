@@ -16,36 +16,48 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-import psutil
 import torch
 
+from .host_budget import Holder, HostBudget, process_budget
 from .layout import TensorSpec
-from .units import GIB, format_bytes
+from .page_lock import Registrar, registrar_for
+from .units import format_bytes
 
 log = logging.getLogger(__name__)
 
 FILL_THREADS = 8
 
 
-def _unregister(address: int) -> None:
-    status = torch.cuda.cudart().cudaHostUnregister(address)
-    if int(status) != 0:
-        log.warning("page-locked memory at %#x could not be unregistered (CUDA error %d)", address, int(status))
+class NoHostMemory(MemoryError):
+    """The system gave no memory for a segment."""
+
+
+def _unregister(registrar: Registrar, address: int) -> None:
+    reason = registrar.unregister(address)
+    if reason is not None:
+        log.warning("page-locked memory at %#x could not be unregistered (%s)", address, reason)
 
 
 class HostSegment:
     """``nbytes`` of host memory as ``buffer`` (uint8, one dimension, page-aligned), which can be page-locked.
 
-    The memory lives as long as the segment or any tensor that views ``buffer``.
+    The memory lives as long as the segment or any tensor that views ``buffer``. Raises NoHostMemory.
     """
 
     def __init__(self, nbytes: int) -> None:
-        mapping = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
+        try:
+            mapping = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
+        except (OSError, MemoryError) as error:
+            raise NoHostMemory(
+                f"the system has no {format_bytes(nbytes)} of RAM left for weights ({error}); close other programs, "
+                "or let the page file be larger"
+            ) from error
         with torch.inference_mode(False):
             self.buffer = torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
         with torch.inference_mode():
             self._inference_buffer = torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
         self.nbytes = nbytes
+        self.refusal: str | None = None
         self._finalizer: weakref.finalize | None = None
 
     def buffer_for(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -54,42 +66,26 @@ class HostSegment:
 
     @property
     def page_locked(self) -> bool:
-        """Whether the memory is registered with the CUDA runtime, so that copies from it run asynchronously."""
+        """Whether the memory is registered with the driver, so that copies from it run asynchronously."""
         return self._finalizer is not None and self._finalizer.alive
 
-    def page_lock(self, device: torch.device) -> bool:
-        """Register the memory with the CUDA runtime. False where the driver refuses; on a CPU nothing is needed."""
-        if device.type != "cuda" or self.page_locked or not self.nbytes:
+    def page_lock(self, registrar: Registrar | None) -> bool:
+        """Register the memory. False where there is nothing to register it with, or where the driver refuses:
+        ``refusal`` then says why."""
+        if registrar is None or self.page_locked or not self.nbytes:
             return self.page_locked
-        with torch.cuda.device(device):
-            status = int(torch.cuda.cudart().cudaHostRegister(self.buffer.data_ptr(), self.nbytes, 0))
-        if status != 0:
-            log.warning(
-                "the driver refused to page-lock %s of RAM (CUDA error %d); these weights stream through a small "
-                "page-locked staging ring instead, which is slower",
-                format_bytes(self.nbytes),
-                status,
-            )
-            return False
-        self._finalizer = weakref.finalize(self, _unregister, self.buffer.data_ptr())
-        return True
+        address = self.buffer.data_ptr()
+        self.refusal = registrar.register(address, self.nbytes)
+        if self.refusal is None:
+            self._finalizer = weakref.finalize(self, _unregister, registrar, address)
+        else:
+            log.debug("the driver refused to page-lock %s: %s", format_bytes(self.nbytes), self.refusal)
+        return self.page_locked
 
     def release(self) -> None:
         """Undo ``page_lock``. No copy from the segment may be under way."""
         if self._finalizer is not None:
             self._finalizer()
-
-
-def page_lockable(total: int, available: int) -> int:
-    """Bytes of RAM that may be page-locked where ``available`` of ``total`` are free: what leaves the system 4 GiB or
-    10% of its memory, whichever is more."""
-    return max(0, available - max(4 * GIB, total // 10))
-
-
-def default_budget() -> int:
-    """``page_lockable`` of this machine now, in bytes."""
-    host = psutil.virtual_memory()
-    return page_lockable(host.total, host.available)
 
 
 def lies_as(spec: TensorSpec, source: torch.Tensor) -> bool:
@@ -110,73 +106,165 @@ def copy_host(spec: TensorSpec, source: torch.Tensor, buffer: torch.Tensor) -> N
 @dataclass(frozen=True)
 class FillJob:
     """A segment to make: its size in bytes, and ``fill(buffer)``.
+    ``page_lock``: it was claimed (``Arena.claim``) and is to be page-locked.
     ``on_calling_thread``: not on a thread of the arena, for weights that come from a device or are patched there;
-    memory is then page-locked before it is filled, because the device writes to it."""
+    memory is then page-locked before it is filled, because the device writes to it.
+    ``optional``: what it would hold can stay where it is, if the system has no memory for it."""
 
     nbytes: int
     fill: Callable[[torch.Tensor], None]
     page_lock: bool
     on_calling_thread: bool = False
+    optional: bool = False
 
 
 class Arena:
-    """Segments of host memory for one attached model, filled by a few threads, page-locked up to ``budget`` bytes."""
+    """Segments of host memory for one attached model, filled by a few threads, and page-locked as far as the process'
+    budget goes. ``budget``: bytes that the user grants to this model, instead of what is free in RAM.
 
-    def __init__(self, device: torch.device, budget: int | None = None, threads: int | None = None) -> None:
+    ``registrar`` page-locks (None: nothing has to be, as on a CPU), ``shared`` is the budget of the process, ``holder``
+    who does not give back for its own sake.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        budget: int | None = None,
+        threads: int | None = None,
+        *,
+        registrar: Registrar | None = None,
+        shared: HostBudget | None = None,
+        holder: Holder | None = None,
+    ) -> None:
         self.device = device
-        self.budget = default_budget() if budget is None else budget
+        self.budget = budget
         self.threads = threads or max(1, min(FILL_THREADS, os.cpu_count() or 1))
+        self.registrar = registrar or registrar_for(device)
+        self.shared = shared or process_budget()
+        self._holder = (lambda: None) if holder is None else weakref.ref(holder)
         self.page_locked_bytes = 0
+        self._refused = 0
+        self._reason = ""
 
-    def affords(self, nbytes: int) -> bool:
-        """Whether ``nbytes`` more fit into the budget for page-locked memory."""
-        return self.page_locked_bytes + nbytes <= self.budget
+    def claim(self, nbytes: int, taken: int, *, new: bool = True, older_than: int | None = None) -> bool:
+        """Whether ``nbytes`` more may be packed (``new``) and page-locked, where this model has ``taken``. They are then
+        counted, and belong into a FillJob with ``page_lock``, or are page-locked by ``lock``."""
+        if self.budget is not None and taken + nbytes > self.budget:
+            return False
+        if self._refused and not new:
+            return False
+        return self.shared.claim(
+            nbytes,
+            self._holder(),
+            new=new,
+            lock=self.registrar is not None,
+            insist=self.budget is not None,
+            older_than=older_than,
+        )
 
-    def fill(self, jobs: Sequence[FillJob], when_done: Callable[[int, HostSegment], None]) -> None:
+    def fill(self, jobs: Sequence[FillJob], when_done: Callable[[int, HostSegment | None], None]) -> None:
         """Make, fill and page-lock a segment per job, as many at a time as there are threads: separate mappings are
         filled in parallel faster than parts of one. ``when_done(index, segment)`` is called on the calling thread as soon
-        as a segment is ready, so that the memory that it replaces can be released. Raises the first error of any copy.
+        as a segment is ready, so that the memory that it replaces can be released; ``segment`` is None for an optional one
+        that there was no memory for. Raises the first error of any copy; what was not handed over by then is released.
         """
         waiting = list(enumerate(jobs))
-        running: dict[Future[HostSegment], int] = {}
+        running: dict[Future[HostSegment | None], int] = {}
         with ThreadPoolExecutor(self.threads, thread_name_prefix="intelligent-vram-fill") as pool:
             try:
                 while waiting or running:
                     while waiting and len(running) < self.threads:
-                        index, job = waiting.pop(0)
+                        index, job = waiting[0]
                         if job.on_calling_thread:
-                            self._finish(index, self._make(job), when_done)
+                            waiting.pop(0)
+                            when_done(index, self._make(job))
                         else:
                             running[pool.submit(self._make, job)] = index
+                            waiting.pop(0)
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        self._finish(running.pop(future), future.result(), when_done)
+                        index = running.pop(future)
+                        when_done(index, future.result())
             except BaseException:
                 for future in running:
-                    if future.exception() is None:
-                        future.result().release()
+                    if future.exception() is None and future.result() is not None:
+                        self.drop(future.result())
+                for _, job in waiting:
+                    self._unclaim(job)
                 raise
+            finally:
+                self.tell_refusals()
 
-    def _make(self, job: FillJob) -> HostSegment:
-        segment = HostSegment(job.nbytes)
-        if job.on_calling_thread and job.page_lock:
-            segment.page_lock(self.device)
-        job.fill(segment.buffer)
+    def _make(self, job: FillJob) -> HostSegment | None:
+        segment: HostSegment | None = None
+        try:
+            segment = HostSegment(job.nbytes)
+            if job.on_calling_thread and job.page_lock:
+                self._register(segment)
+            job.fill(segment.buffer)
+            if job.page_lock and not segment.page_locked and segment.refusal is None:
+                self._register(segment)
+        except BaseException as error:
+            if segment is not None:
+                segment.release()
+            self._unclaim(job)
+            if job.optional and isinstance(error, NoHostMemory):
+                return None
+            raise
         if job.page_lock:
-            segment.page_lock(self.device)
+            self.shared.filled(segment, job.nbytes)
+            self._count(segment)
         return segment
 
-    def _finish(self, index: int, segment: HostSegment, when_done: Callable[[int, HostSegment], None]) -> None:
-        if segment.page_locked:
-            self.page_locked_bytes += segment.nbytes
-        when_done(index, segment)
+    def _unclaim(self, job: FillJob) -> None:
+        if job.page_lock:
+            self.shared.unclaim(job.nbytes, new=True, lock=self.registrar is not None)
 
-    def lock(self, segment: HostSegment) -> None:
-        """Page-lock a segment that is not, if the budget affords it and the driver does not refuse."""
-        if not segment.page_locked and self.affords(segment.nbytes) and segment.page_lock(self.device):
-            self.page_locked_bytes += segment.nbytes
+    def _register(self, segment: HostSegment) -> None:
+        """Page-lock a segment that was claimed. Where the driver refuses, once more after others gave back as much."""
+        if self._refused or segment.page_lock(self.registrar) or self.registrar is None or not segment.nbytes:
+            return
+        if self.shared.take(segment.nbytes, self._holder()) and segment.page_lock(self.registrar):
+            return
+        with self.shared.lock:
+            self._reason = self._reason or segment.refusal or ""
+
+    def _count(self, segment: HostSegment) -> None:
+        """Count a segment that was claimed and is page-locked, or take the claim back."""
+        if self.registrar is None:
+            return
+        with self.shared.lock:
+            if segment.page_locked:
+                self.page_locked_bytes += segment.nbytes
+            else:
+                self._refused += segment.nbytes
+                self.shared.unlocked(segment.nbytes)
+
+    def lock(self, segment: HostSegment, older_than: int | None = None) -> bool:
+        """Page-lock a filled segment that is not, if the budget affords it and the driver does not refuse; other models
+        give back for it as ``HostBudget.claim`` says. True if it is page-locked."""
+        if segment.page_locked or self.registrar is None or not segment.nbytes:
+            return True
+        if not self.claim(segment.nbytes, self.page_locked_bytes, new=False, older_than=older_than):
+            return False
+        self._register(segment)
+        self._count(segment)
+        return segment.page_locked
+
+    def tell_refusals(self) -> None:
+        """Say in one line what the driver refused since the last time, and try it again from now on."""
+        if self._refused:
+            log.warning(
+                "the driver refused to page-lock %s of RAM (%s); these weights stream through a small page-locked "
+                "staging ring instead, which is slower",
+                format_bytes(self._refused),
+                self._reason,
+            )
+        self._refused, self._reason = 0, ""
 
     def drop(self, segment: HostSegment) -> None:
         """Give a segment's page-locked memory back to the system's pageable memory."""
         if segment.page_locked:
-            self.page_locked_bytes -= segment.nbytes
             segment.release()
+            with self.shared.lock:
+                self.page_locked_bytes -= segment.nbytes
+                self.shared.unlocked(segment.nbytes)

@@ -18,6 +18,7 @@ from . import nvml
 from .arena import HostSegment
 from .limit import reserved
 from .memory import snapshot
+from .page_lock import registrar_for
 from .units import MIB
 
 HEAD_WIDTH = 128
@@ -273,7 +274,7 @@ def _copy_work(device: torch.device, to_device: bool, size: int) -> _Work:
     def prepare() -> Callable[[], object]:
         host, card = HostSegment(size), torch.empty(size, dtype=torch.uint8, device=device)
         host.buffer.fill_(1)
-        if device.type == "cuda" and not host.page_lock(device):
+        if device.type == "cuda" and not host.page_lock(registrar_for(device)):
             refused.append("the driver refused to page-lock RAM")
 
         def copy() -> None:  # holds the segment too: it is page-locked as long as it lives

@@ -104,7 +104,7 @@ class Forward:
 
     def _start(self) -> None:
         swap = self.swap
-        swap.mend()
+        swap.ready()
         self.hold()
         swap.adapter.before(self._elements, self._budget)
         swap.streamer.begin(self.look, self._repeats)

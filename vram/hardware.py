@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from . import cards
-from .arena import page_lockable
 from .device import (
     ROOM_WANTED,
     DeviceFacts,
@@ -21,6 +20,7 @@ from .device import (
     resolve,
     room,
 )
+from .host_budget import page_lockable
 from .memory import MemorySnapshot, snapshot
 from .units import MIB, format_bytes
 

@@ -81,9 +81,11 @@ class OffloadedCache:
     def _allocate(self) -> list[HostSegment]:
         """One segment of host memory a layer, touched by several threads at a time."""
         nbytes = self._per_layer * self.chunk * self.shape.token_bytes
-        affordable = max(0, self.arena.budget - self.arena.page_locked_bytes) // nbytes
         segments: list[HostSegment | None] = [None] * self.shape.layers
-        jobs = [FillJob(nbytes, lambda buffer: buffer.zero_(), page_lock=i < affordable) for i in range(len(segments))]
+        jobs = [
+            FillJob(nbytes, lambda buffer: buffer.zero_(), page_lock=self.arena.claim(nbytes, layer * nbytes))
+            for layer in range(self.shape.layers)
+        ]
         self.arena.fill(jobs, segments.__setitem__)
         return segments
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from .arena import Arena, FillJob, HostSegment, copy_host, lies_as
 from .discover import Layer, Slotted
+from .host_budget import HostBudget
 from .layout import CannotPack, Entry, align, flatten, plain_tensors, plan_tensor
+from .mapped_files import MappedFile, files_behind
+from .page_lock import Registrar
 from .plan import LayerSize, arrange
 from .staging import Piece
 from .units import format_bytes
@@ -67,6 +73,17 @@ class _Segment:
 _STALE = object()
 
 
+class Owner(Protocol):
+    """What streams from a packed model."""
+
+    def idle(self) -> AbstractContextManager[bool]:
+        """Whether no forward and no copy of the model is under way; none begins while inside. Does not wait for a forward:
+        it is False then."""
+
+    def sources_changed(self) -> None:
+        """``PackedModel.source`` gives other answers than before."""
+
+
 def _kind(layer: PackedLayer) -> tuple:
     """What of a layer must be the same for another one to take its place."""
     return layer.layer.block, tuple((id(p.entry.owner), p.entry.name, p.entry.specs) for p in layer.entries)
@@ -85,7 +102,14 @@ def patched(path: str, tensor: torch.Tensor, patches: Patches) -> torch.Tensor:
 
 class PackedModel:
     """Packs layers into segments of an arena. The packed copy replaces the memory of each weight that is not patched,
-    so that weights are in RAM once; the module's tensor objects stay the same ones."""
+    so that weights are in RAM once; the module's tensor objects stay the same ones.
+
+    ``torn``: a ``pack`` broke off while it changed packed weights, so that some have its patches and others those before.
+    Nothing may be computed with them until a ``pack`` came to its end, with whatever patches: it mends what is torn.
+
+    ``owner`` is what streams from it while attached: then page-locked memory is lent to other models when this one is not
+    computing, see host_budget.py. ``registrar`` and ``shared`` are the arena's.
+    """
 
     def __init__(
         self,
@@ -93,12 +117,22 @@ class PackedModel:
         layers: Sequence[Layer],
         segment_bytes: int,
         budget: int | None = None,
+        *,
+        registrar: Registrar | None = None,
+        shared: HostBudget | None = None,
     ) -> None:
-        self.arena = Arena(device, budget)
+        self.arena = Arena(device, budget, registrar=registrar, shared=shared, holder=self)
         self.layers: list[PackedLayer] = []
         self.left_out: list[tuple[Slotted, str]] = []
+        self.torn = False
+        self.owner: Owner | None = None
+        self.last_used = self.arena.shared.use()
         self._segments: list[_Segment] = []
+        self._files: list[MappedFile] = []
+        self._lent = False
+        self._lock = threading.RLock()
         self._plan(layers, segment_bytes)
+        self.arena.shared.add(self)
 
     def _plan(self, layers: Sequence[Layer], segment_bytes: int) -> None:
         """Give each layer its place in a segment."""
@@ -153,43 +187,85 @@ class PackedModel:
     def pack(self, patches: Patches = NO_PATCHES, progress: Progress | None = None) -> int:
         """Pack what is not packed yet, and repack each weight whose patch changed. Returns the bytes written.
 
-        On an exception the module's weights are whole: what was packed stays packed.
+        On an exception the module's weights are whole: what was packed stays packed. ``torn`` then says whether packed
+        weights are still all of one kind. Raises FileCutOff before anything is touched, NoHostMemory where RAM is
+        needed for patched weights and there is none, and what ``patches`` and ``progress`` raise.
         """
-        written = self._repack(patches)
-        waiting = [segment for segment in self._segments if segment.host is None]
+        with self._lock:
+            self._files = self._files_below()
+            self._check_files()
+            written = self._repack(patches)
+            written += self._pack_waiting(patches, progress)
+            self._files = self._files_below()
+            self.torn = False
+            return written
+
+    def _pack_waiting(self, patches: Patches, progress: Progress | None) -> int:
+        """Pack segments that are not yet, as far as budget and RAM go. Returns the bytes written."""
+        waiting = [
+            (segment, self._here(segment, patches), self._must_pack(segment, patches))
+            for segment in self._segments
+            if segment.host is None
+        ]
         planned: list[_Segment] = []
         jobs: list[FillJob] = []
-        locked = self.host_bytes  # all that was packed before is page-locked again, or will be
-        for segment in waiting:
-            fits = locked + segment.nbytes <= self.arena.budget
-            if fits or self._must_pack(segment, patches):
-                locked += segment.nbytes
+        taken = self.host_bytes  # all that was packed before is page-locked again, or will be
+        for segment, here, needed in waiting:
+            fits = self.arena.claim(segment.nbytes, taken)
+            if fits or needed:
+                taken += segment.nbytes
                 planned.append(segment)
-                jobs.append(FillJob(segment.nbytes, self._filler(segment, patches), fits, self._here(segment, patches)))
-        if len(planned) < len(waiting):
-            left = sum(segment.nbytes for segment in waiting) - sum(segment.nbytes for segment in planned)
-            log.warning(
-                "%s of weights do not fit the %s of RAM that may be page-locked; they stay where they are and stream "
-                "through a staging ring, which is slower",
-                format_bytes(left),
-                format_bytes(self.arena.budget),
-            )
-        total, done = sum(segment.nbytes for segment in planned), 0
+                fill = self._filler(segment, patches)
+                jobs.append(FillJob(segment.nbytes, fill, fits, on_calling_thread=here, optional=not needed))
+        total, done, written = sum(segment.nbytes for segment in planned), 0, 0
 
-        def finished(index: int, host: HostSegment) -> None:
-            nonlocal done
+        def finished(index: int, host: HostSegment | None) -> None:
+            nonlocal done, written
             segment = planned[index]
-            segment.host = host
-            for layer in segment.layers:
-                for packed in layer.entries:
-                    if packed.signature is None:
-                        self._adopt(packed, host, layer.start)
+            if host is not None:
+                segment.host = host
+                written += segment.nbytes
+                for layer in segment.layers:
+                    for packed in layer.entries:
+                        if packed.signature is None:
+                            self._adopt(packed, host, layer.start)
+                        else:
+                            self.torn = True  # should a later segment fail
             done += segment.nbytes
             if progress is not None:
                 progress(done, total)
 
         self.arena.fill(jobs, finished)
-        return written + total
+        left = sum(segment.nbytes for segment, *_ in waiting if segment.host is None)
+        if left:
+            log.warning(
+                "%s of weights do not fit the RAM that may be page-locked (%s); they stay where they are and stream "
+                "through a staging ring, which is slower",
+                format_bytes(left),
+                self._budget_in_words(),
+            )
+        return written
+
+    def _budget_in_words(self) -> str:
+        if self.arena.budget is not None:
+            return format_bytes(self.arena.budget)
+        return f"{format_bytes(self.arena.shared.quota())} for all models, of which {format_bytes(self.arena.shared.locked)} are used"
+
+    def _files_below(self) -> list[MappedFile]:
+        """The files that weights lie in which are not packed."""
+        parts = [
+            part
+            for segment in self._segments
+            if segment.host is None
+            for layer in segment.layers
+            for packed in layer.entries
+            for part in packed.inner
+        ]
+        return files_behind(parts) if parts else []
+
+    def _check_files(self) -> None:
+        for file in self._files:
+            file.check()
 
     @staticmethod
     def _here(segment: _Segment, patches: Patches) -> bool:
@@ -264,6 +340,7 @@ class PackedModel:
                 with torch.inference_mode(inner.is_inference()):
                     inner.data = inner.data.clone(memory_format=torch.preserve_format)
             packed.inner = flatten(packed.entry.host)[0]
+        self.torn, packed.signature = True, _STALE  # should copying break off
         for spec, part in zip(specs, parts, strict=True):
             spec.view(buffer).copy_(part)
         packed.signature = signature
@@ -321,20 +398,79 @@ class PackedModel:
         )
 
     def page_lock(self) -> None:
-        """Page-lock again what ``close`` unregistered, as far as the budget goes."""
+        """Page-lock again what ``close`` unregistered, as far as the budget goes; other models that are not computing give
+        back for it. To be called when the model is attached."""
+        with self._lock:
+            self.last_used = self.arena.shared.use()
+            self._lock_again(None)
+            self.arena.tell_refusals()
+
+    def use(self) -> bool:
+        """A forward of the model is about to begin. What it lent to others is page-locked again where there is room, or where
+        they were last used before its own last forward. True if ``source`` changed by that. Raises FileCutOff. A few
+        microseconds where nothing was lent and all is packed."""
+        self._check_files()
+        before, self.last_used = self.last_used, self.arena.shared.use()
+        if not self._lent:
+            return False
+        with self._lock:
+            changed = self._lock_again(before)
+            self.arena.tell_refusals()
+            return changed
+
+    def _lock_again(self, older_than: int | None) -> bool:
+        """Page-lock packed segments, the first ones first, until the budget is spent. True if any was."""
+        changed = self._lent = False
         for segment in self._segments:
-            if segment.host is not None:
-                self.arena.lock(segment.host)
+            if segment.host is None or segment.host.page_locked:
+                continue
+            if not self.arena.lock(segment.host, older_than):
+                self._lent = True
+                break
+            changed = True
+        return changed
+
+    def give_back(self, nbytes: int) -> int:
+        """Unlock at least ``nbytes`` of page-locked memory for another model, as far as there are as many: nothing while this
+        one computes, is being attached or packed. Returns the bytes unlocked."""
+        owner = self.owner
+        if owner is None or not self.arena.page_locked_bytes or not self._lock.acquire(blocking=False):
+            return 0
+        try:
+            with owner.idle() as idle:
+                return self._unlock(nbytes, owner) if idle else 0
+        except RuntimeError as error:  # the device is lost: its copies cannot be waited for
+            log.warning("page-locked memory of a model cannot be given back: %s", error)
+            return 0
+        finally:
+            self._lock.release()
+
+    def _unlock(self, nbytes: int, owner: Owner) -> int:
+        freed = 0
+        for segment in reversed(self._segments):
+            if freed >= nbytes:
+                break
+            if segment.host is not None and segment.host.page_locked:
+                self.arena.drop(segment.host)
+                freed += segment.nbytes
+        self._lent = True
+        owner.sources_changed()
+        log.info(
+            "%s of page-locked RAM go to another model; until there is room again these weights stream through a staging "
+            "ring, which is slower",
+            format_bytes(freed),
+        )
+        return freed
 
     def source(self, first: int, last: int) -> torch.Tensor | list[Piece]:
         """Where the bytes of layers ``first`` to ``last`` (exclusive, of one segment) are: page-locked memory as one
-        tensor (on a CPU device: packed memory), else pieces for the staging ring."""
+        tensor (where nothing is page-locked, on a CPU: packed memory), else pieces for the staging ring."""
         segment = self._segments[self.layers[first].segment]
         begin = self.layers[first].start
         end = self.layers[last - 1].start + self.layers[last - 1].nbytes
         if segment.host is not None:
             span = segment.host.buffer[begin:end]
-            if segment.host.page_locked or self.arena.device.type != "cuda":
+            if segment.host.page_locked or self.arena.registrar is None:
                 return span
             return [Piece(span, 0, end - begin)]
         return [
@@ -351,6 +487,8 @@ class PackedModel:
 
     def close(self) -> None:
         """Unregister the page-locked memory. The weights stay in it, as ordinary memory."""
-        for segment in self._segments:
-            if segment.host is not None:
-                self.arena.drop(segment.host)
+        self.owner, self._lent = None, False
+        with self._lock:
+            for segment in self._segments:
+                if segment.host is not None:
+                    self.arena.drop(segment.host)

@@ -63,11 +63,13 @@ class _Placed:
 
 
 class Rest:
-    """Copies on the device of weights that do not stream. Tied weights stay tied. ``nbytes`` is what they take."""
+    """Copies on the device of weights that do not stream. Tied weights stay tied. ``nbytes`` is what they take.
+    ``torn``: an ``update`` broke off, so that some have its patches and others those before; the next one mends it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.nbytes = 0
+        self.torn = False
         self._weights: list[tuple[Slotted, _Placed]] = []
 
     def place(self, weights: Sequence[Slotted], patches: Patches) -> None:
@@ -88,6 +90,8 @@ class Rest:
             if placed.signature != signature:
                 placed.tensor = self._copy(slotted, patches)
                 placed.signature = signature
+                self.torn = True  # should a later one fail
+        self.torn = False
 
     def bind(self) -> None:
         """Let the modules see the copies."""
@@ -103,7 +107,7 @@ class Rest:
         """Unbind and forget the copies."""
         self.unbind()
         self._weights.clear()
-        self.nbytes = 0
+        self.nbytes, self.torn = 0, False
 
     def tensors(self) -> Iterator[Slotted]:
         """The weights as they are in host memory."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 
 from .arena import HostSegment
 from .link import Link
+from .page_lock import Registrar, registrar_for
 from .units import MIB
 
 BUFFERS = 4
@@ -27,43 +29,83 @@ class Piece:
     nbytes: int
 
 
-class StagingRing:
-    """A named daemon thread that copies pieces through page-locked buffers. Started on first use, ended by ``close``."""
+class StagingStopped(RuntimeError):
+    """The staging thread ended before this copy was made. The next copy starts another thread."""
 
-    def __init__(self, link: Link) -> None:
+
+@dataclass(frozen=True)
+class _Job:
+    pieces: list[Piece]
+    target: torch.Tensor
+    before: Callable[[], None]
+    after: Callable[[BaseException | None], None]
+
+
+class StagingRing:
+    """A named daemon thread that copies pieces through page-locked buffers. Started on first use, and again should it
+    have died; ended by ``close``."""
+
+    def __init__(self, link: Link, registrar: Registrar | None = None) -> None:
         self.link = link
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.registrar = registrar or registrar_for(link.device)
+        self._jobs: deque[_Job] = deque()
+        self._state = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._closing = False
         self._buffers: list[tuple[HostSegment, torch.cuda.Event]] = []
         self._next = 0
 
-    def submit(self, pieces: list[Piece], target: torch.Tensor, before: Callable[[], None], after: Callable) -> None:
+    def submit(
+        self,
+        pieces: list[Piece],
+        target: torch.Tensor,
+        before: Callable[[], None],
+        after: Callable[[BaseException | None], None],
+    ) -> None:
         """Queue the copy of ``pieces`` into ``target``. On the worker thread ``before()`` runs first and
-        ``after(error)`` last, when all copies are queued on the copy stream (error None) or one failed."""
-
-        def job() -> None:
-            try:
-                before()
-                for piece in pieces:
-                    self._copy(piece, target)
-            except Exception as error:
-                after(error)
-            else:
-                after(None)
-
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="intelligent-vram-staging", daemon=True)
-            self._thread.start()
-        self._queue.put(job)
+        ``after(error)`` last, when all copies are queued on the copy stream (error None) or one failed. ``after`` is called
+        for every job, also where the thread dies."""
+        with self._state:
+            self._jobs.append(_Job(pieces, target, before, after))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="intelligent-vram-staging", daemon=True)
+                self._thread.start()
+            self._state.notify()
 
     def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
-            job()
+        try:
+            while (job := self._take()) is not None:
+                self._run(job)
+        finally:
+            with self._state:
+                self._thread = None
+                left, self._jobs = self._jobs, deque()
+            for job in left:
+                job.after(StagingStopped("the thread that copies weights from ordinary memory ended unexpectedly"))
+
+    def _take(self) -> _Job | None:
+        """The next job; None when the ring is being closed and all are done."""
+        with self._state:
+            self._state.wait_for(lambda: self._jobs or self._closing)
+            return self._jobs.popleft() if self._jobs else None
+
+    def _run(self, job: _Job) -> None:
+        error: BaseException | None = None
+        try:
+            job.before()
+            for piece in job.pieces:
+                self._copy(piece, job.target)
+        except BaseException as failure:
+            error = failure
+            if not isinstance(failure, Exception):
+                raise  # the thread is to end, after this job was told
+        finally:
+            job.after(error)
 
     def _buffer(self) -> tuple[HostSegment, torch.cuda.Event]:
         if len(self._buffers) < BUFFERS:
             segment = HostSegment(BUFFER_BYTES)
-            segment.page_lock(self.link.device)
+            segment.page_lock(self.registrar)
             self._buffers.append((segment, self.link.event()))
             return self._buffers[-1]
         self._next = (self._next + 1) % BUFFERS
@@ -82,12 +124,19 @@ class StagingRing:
             event.record(self.link.stream)
 
     def close(self) -> None:
-        """End the thread after what is queued, and release the buffers."""
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
-            self._thread = None
-        self.link.synchronize()
-        for segment, _ in self._buffers:
+        """End the thread after what is queued, and release the buffers, also where the device is lost: then the error of
+        waiting for it passes on, after all is released. The ring can be used again."""
+        with self._state:
+            thread, self._closing = self._thread, True
+            self._state.notify_all()
+        if thread is not None:
+            thread.join()
+        self._closing = False
+        with contextlib.ExitStack() as last:
+            last.callback(self._release)
+            self.link.synchronize()
+
+    def _release(self) -> None:
+        buffers, self._buffers, self._next = self._buffers, [], 0
+        for segment, _ in buffers:
             segment.release()
-        self._buffers.clear()

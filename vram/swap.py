@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -141,6 +142,7 @@ class Swap:
         self._forward.outside_torch = snapshot(self.device).outside_torch
         with limit.held(self.device, limit.budget_now(self.device, self.limit, self._forward.outside_torch)):
             self._begin_with(first)
+        packed.owner = self
         self.setup_seconds = time.perf_counter() - started
         log.info(
             "block swap (%s) attached to %s in %.1f s: %s packed, %s of streamed weights in %s of RAM (%s page-locked), "
@@ -208,7 +210,7 @@ class Swap:
 
     def mend(self) -> None:
         """Finish what a change of patches that failed left undone."""
-        if self._undone is not None:
+        if self._undone is not None or self.packed.torn or self._rest.torn:
             self._change(self._patches)
 
     def _change(self, patches: Patches) -> None:
@@ -227,6 +229,36 @@ class Swap:
             self._rest.update(patches)
         finally:
             self._rest.bind()
+
+    def ready(self) -> None:
+        """Weights whole, and page-locked as far as the budget goes, before a forward computes with them."""
+        self.mend()
+        if self.packed.use():
+            self.sources_changed()
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[bool]:
+        """Whether no forward and no copy of the model is under way, see ``packing.Owner``."""
+        if not self._forward.lock.acquire(blocking=False):
+            yield False
+            return
+        try:
+            if self._forward.depth or self.plan is None:
+                yield False
+                return
+            with self.streamer.lock:
+                for unit in self.streamer.units:
+                    if unit.load is not None:
+                        unit.load.failed()
+                self.link.synchronize()
+                yield True
+        finally:
+            self._forward.lock.release()
+
+    def sources_changed(self) -> None:
+        """Page-locked memory went to another model, or came back."""
+        for unit, planned in zip(self.streamer.units, self.plan.units, strict=True):
+            unit.source = self.packed.source(planned.first, planned.last)
 
     def tensors(self) -> Iterator[Slotted]:
         """All weights that the engine has in its hands, as they are in host memory without patches."""

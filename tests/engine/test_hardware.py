@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from intelligent_vram.vram import MemorySnapshot, arena, cards, device, hardware
+from intelligent_vram.vram import MemorySnapshot, cards, device, hardware, host_budget
 from intelligent_vram.vram.device import NoDevice, Rate, Rates, device_to_host_bandwidth, resolve
 from intelligent_vram.vram.units import GIB, MIB
 
@@ -390,10 +390,11 @@ def test_a_card_of_numbers_alone():
 
 def test_ram_that_may_be_page_locked_is_what_the_arena_allows(cpu):
     host = psutil.virtual_memory()
-    assert abs(arena.page_lockable(host.total, host.available) - arena.default_budget()) < GIB
-    assert arena.page_lockable(64 * GIB, 3 * GIB) == 0
-    assert arena.page_lockable(100 * GIB, 50 * GIB) == 40 * GIB
-    assert cpu.pinnable == arena.page_lockable(cpu.host_total, cpu.host_available)
+    free = host_budget.page_lockable(host.total, host.available)
+    assert abs(free - host_budget.HostBudget().quota()) < GIB
+    assert host_budget.page_lockable(64 * GIB, 3 * GIB) == 0
+    assert host_budget.page_lockable(100 * GIB, 50 * GIB) == 40 * GIB
+    assert cpu.pinnable == host_budget.page_lockable(cpu.host_total, cpu.host_available)
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------

@@ -15,13 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from intelligent_vram.vram import Patches, arena, limit, packing, swap
+from intelligent_vram.vram import Patches, arena, limit, packing, staging, swap
 from intelligent_vram.vram.link import Event, Link, open_link
+from intelligent_vram.vram.page_lock import Registrar, registrar_for
 from torch import nn
 
 
 class DeviceLost(RuntimeError):
     """What torch raises when the device does not answer any more."""
+
+
+class Refused(Exception):
+    """The driver page-locks no more."""
 
 
 class Interrupted(BaseException):
@@ -39,7 +44,7 @@ ERRORS = {
     "synchronize": (lambda: DeviceLost("CUDA error: device lost (injected)"),),
     "compute": (out_of_memory, lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED (injected)")),
     "interrupt": (lambda: Interrupted("injected"), lambda: ValueError("injected")),
-    "page_lock": (lambda: RuntimeError("cudaHostRegister failed (injected)"),),
+    "page_lock": (lambda: Refused("CUDA error 2, out of memory (injected)"),),
     "fill": (lambda: MemoryError("injected"), lambda: OSError("the file is gone (injected)")),
     "patch": (lambda: RuntimeError("the LoRA does not fit (injected)"), out_of_memory),
     "progress": (lambda: Interrupted("injected"),),
@@ -130,6 +135,27 @@ def faulty_link(faults: Faults, device: torch.device) -> Link:
     return FaultyLink(device)
 
 
+class FaultyRegistrar:
+    """Page-locks for a device, on a CPU in name only; the driver can refuse. ``locked`` holds what is page-locked now."""
+
+    def __init__(self, faults: Faults, device: torch.device) -> None:
+        self._faults, self._real, self.locked = faults, registrar_for(device), {}
+
+    def register(self, address: int, nbytes: int) -> str | None:
+        try:
+            self._faults.hit("page_lock")
+        except Refused as refusal:
+            return str(refusal)
+        reason = self._real.register(address, nbytes) if self._real is not None else None
+        if reason is None:
+            self.locked[address] = nbytes
+        return reason
+
+    def unregister(self, address: int) -> str | None:
+        del self.locked[address]
+        return self._real.unregister(address) if self._real is not None else None
+
+
 def disturb(model: nn.Module, faults: Faults) -> None:
     """Let allocations fail, and prompts be cancelled, in the middle of the model's blocks."""
     for block in model.blocks:
@@ -160,15 +186,15 @@ def progress(faults: Faults):
 @contextmanager
 def injected(faults: Faults, monkeypatch) -> Iterator[Faults]:
     """While inside, what the engine calls can fail."""
-    copy_host, page_lock, budget_now = packing.copy_host, arena.HostSegment.page_lock, limit.budget_now
+    copy_host, budget_now = packing.copy_host, limit.budget_now
+    registrars: dict[torch.device, FaultyRegistrar] = {}
 
     def faulty_copy(*args: object) -> None:
         faults.hit("fill")
         copy_host(*args)
 
-    def faulty_page_lock(self: object, device: torch.device) -> bool:
-        faults.hit("page_lock")
-        return page_lock(self, device)
+    def faulty_registrar(device: torch.device) -> Registrar:
+        return registrars.setdefault(device, FaultyRegistrar(faults, device))
 
     def faulty_budget(*args: object) -> int:
         faults.hit("free")
@@ -177,6 +203,8 @@ def injected(faults: Faults, monkeypatch) -> Iterator[Faults]:
     with monkeypatch.context() as patch:
         patch.setattr(swap, "open_link", lambda device: faulty_link(faults, device))
         patch.setattr(packing, "copy_host", faulty_copy)
-        patch.setattr(arena.HostSegment, "page_lock", faulty_page_lock)
         patch.setattr(limit, "budget_now", faulty_budget)
+        for module in (arena, staging):
+            patch.setattr(module, "registrar_for", faulty_registrar)
         yield faults
+    assert not any(registrar.locked for registrar in registrars.values()), "all is unlocked again"
