@@ -6,12 +6,10 @@ from typing import Any
 import pytest
 
 from ..host.comfy import ComfyServer
-from .pages import PLANNER, WRAPPER, Panel, workflow
+from .pages import NODES_2, NODES_2_SINCE, PLANNER, WRAPPER, Panel, workflow
 
 pytestmark = pytest.mark.host
 
-SETTING = "Comfy.VueNodes.Enabled"
-SINCE = (0, 4)  # older front ends have an early form of it, which they do not offer to users
 LABEL = "[data-testid=widget-layout-field-label]"
 CANNOT_BE_USED = "input:disabled, [role=switch]:disabled, [role=combobox]:disabled"
 
@@ -19,11 +17,11 @@ CANNOT_BE_USED = "input:disabled, [role=switch]:disabled, [role=combobox]:disabl
 @pytest.fixture(autouse=True)
 def switched_on(server: ComfyServer) -> Iterator[None]:
     """The setting is on while a test runs."""
-    if server.host.version < SINCE:
+    if server.host.version < NODES_2_SINCE:
         pytest.skip("the front end has no Nodes 2.0")
-    server.post("/settings", {SETTING: True})
+    server.post("/settings", {NODES_2: True})
     yield
-    server.post("/settings", {SETTING: False})
+    server.post("/settings", {NODES_2: False})
 
 
 def node(page: Panel, number: str) -> Any:
@@ -89,6 +87,7 @@ def test_every_input_says_what_it_is(page: Panel) -> None:
         tooltip = page.page.locator("[role=tooltip], .p-tooltip").filter(visible=True)
         page.until(lambda tooltip=tooltip, name=name: told[name] in tooltip.all_inner_texts())
         if name == "max_vram_gb":
+            page.page.wait_for_timeout(500)
             page.picture("nodes_2_tooltip")
         page.page.mouse.move(5, 955)
         page.until(lambda tooltip=tooltip: tooltip.count() == 0)
@@ -100,7 +99,7 @@ def test_the_setting_can_be_changed_while_results_are_shown(page: Panel) -> None
     page.run()
     shown = page.page.locator(".ivram-node[data-state=lastRun]").filter(visible=True)
     for on in (False, True):
-        page.set(SETTING, on)
+        page.set(NODES_2, on)
         page.until(lambda on=on: (node(page, WRAPPER).count() == 1) == on)
         page.until(lambda: shown.count() == 1)
         assert "MiB" in shown.locator("[data-figure=peakOfLimit]").inner_text()
