@@ -63,11 +63,13 @@ def conversion_inputs(quantizations: list[str]) -> dict[str, Any]:
 def planned(path: str, quantization: str, compute: str, keep: str) -> tuple[Conversion, list[str]]:
     """The conversion of a file into what the running ComfyUI reads, and in words what of that is not as it was asked for."""
     from ..quant.convert import plan_conversion
+    from ..quant.formats import FORMATS
     from ..vram.hosts import comfy_quant, quant_choice
 
     if quantization == NONE:
         return plan_conversion(path, NONE), []
-    choice = quant_choice.choose(quantization, comfy_quant.reads())
+    algorithms = {name: format.comfy for name, format in FORMATS.items()}
+    choice = quant_choice.choose(quantization, algorithms, comfy_quant.reads())
     tensor_cores = compute != comfy_quant.DEQUANTIZE
     conversion = plan_conversion(path, choice.quantization, keep=keep, tensor_cores=tensor_cores, layout=choice.layout)
     lines = [choice.reason] if choice.reason else []
