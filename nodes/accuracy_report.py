@@ -51,8 +51,8 @@ class ModelAccuracyReport:
                 "latent": (
                     "LATENT",
                     {
-                        "tooltip": "The size to compare at: an empty latent, or one to add noise to. A small one shows nearly the "
-                        "same errors in less time."
+                        "tooltip": "The size to compare at: an empty latent, or one to add noise to. A small one takes less "
+                        "time; at the size that you use the error may be another."
                     },
                 ),
                 "seed": (

@@ -84,7 +84,7 @@ class IntelligentVRAMNode:
                 "enable_dram_optimization": switch(
                     True,
                     "Page-lock the streamed weights, up to 80% of free RAM, so that they cross the link at full speed. Off: "
-                    "they pass through a small page-locked ring, which is several times slower.",
+                    "they pass through a small page-locked ring, which is slower: the CPU copies everything once more.",
                 ),
                 "num_cuda_streams": number(
                     "INT",
