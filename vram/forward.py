@@ -36,7 +36,8 @@ class Forward:
         self.repeated = 0
         self.outside_torch = 0
         self._held: Any = None
-        self._budget = 0
+        self._budget = self._failed = 0
+        self._told = False
         self._elements = 0
         self._repeats = self._tries = self._waits = 0
 
@@ -116,6 +117,7 @@ class Forward:
         self._budget = limit.budget_now(swap.device, swap.limit, self.outside_torch)
         self._held = limit.held(swap.device, self._budget)
         self._held.__enter__()
+        self._failed = limit.failed_allocations(swap.device)
 
     def let_loose(self) -> None:
         """Bind torch's allocator no more."""
@@ -135,6 +137,8 @@ class Forward:
                     torch.cuda.empty_cache()
                 if out_of_memory(error):
                     explained = self._explain(error)
+                elif error is None:
+                    self._notice()
         finally:
             self.depth -= 1
             if self.depth == 0:
@@ -160,6 +164,17 @@ class Forward:
                 format_bytes(given),
             )
         self.hold()
+
+    def _notice(self) -> None:
+        """Say it when a library got no memory and lived with that. cuDNN's convolutions then take another algorithm, for good,
+        which rounds differently (torch, aten/src/ATen/native/cudnn/Conv_v8.cpp, ``try_plans``)."""
+        if self._told or limit.failed_allocations(self.swap.device) <= self._failed:
+            return
+        self._told = True
+        log.warning(
+            "block swap: a library found no memory for its workspace and chose another algorithm, which can round differently "
+            "in the last bits; a higher max_vram_gb avoids that"
+        )
 
     def _again(self, call: Call | None, error: BaseException) -> bool:
         """Whether a forward that failed with ``error`` is to be called again: memory ran out in it, what it was called with

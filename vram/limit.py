@@ -55,6 +55,11 @@ def reserved(device: torch.device) -> int:
     return torch.cuda.memory_stats_as_nested_dict(device)["reserved_bytes"]["all"]["current"]
 
 
+def failed_allocations(device: torch.device) -> int:
+    """How often torch's allocator had no memory on a CUDA device in this process, also where a library lived with that."""
+    return torch.cuda.memory_stats_as_nested_dict(device).get("num_ooms", 0) if device.type == "cuda" else 0
+
+
 @contextlib.contextmanager
 def held(device: torch.device, budget: int) -> Iterator[None]:
     """While inside, torch's allocator does not reserve more than ``budget`` bytes on ``device``: it gives back cached

@@ -97,16 +97,27 @@ def timed(run, count: int) -> list[float]:
 
 @pytest.mark.parametrize("mode", ["adaptive", "chunkwise"])
 def test_a_limit_that_holds_the_weights_but_not_the_activations_is_lived_with(mode: str) -> None:
-    """From the smallest limit that is accepted up: each forward is right, and memory ran out in some on the way."""
+    """From the smallest limit that is accepted up: each forward is right, and memory ran out in some on the way.
+
+    Right is what the model gives with all weights on the card, before or after: cuDNN takes another algorithm for the patch
+    embedding for the rest of the process when it had no memory for its first choice, also without block swap.
+    """
     inputs = {tokens: sample_inputs(CONFIG, tokens, torch.bfloat16, "cuda", seed=1) for tokens in (1024, 7800)}
-    resident = random_model(CONFIG, torch.bfloat16).cuda()
-    expected = {tokens: resident(*args) for tokens, args in inputs.items()}
-    del resident
-    gc.collect()
-    repeated = failed = right = 0
-    refused = "Raise max_vram_gb"
+
+    def resident() -> dict[int, torch.Tensor]:
+        model = random_model(CONFIG, torch.bfloat16).cuda()
+        results = {tokens: model(*args) for tokens, args in inputs.items()}
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+        return results
+
+    before = resident()
+    outputs: list[tuple[int, torch.Tensor]] = []
+    refused: list[str] = []
+    repeated = 0
     for limit in range(round(0.9 * GIB), round(1.8 * GIB), 64 * MIB):
-        model, swap, total = random_model(CONFIG, torch.bfloat16), None, limit + outside()
+        model, total = random_model(CONFIG, torch.bfloat16), limit + outside()
         try:
             swap = attach(model, SwapConfig(mode=mode, max_vram=total), "cuda")
         except LimitTooSmall:
@@ -115,20 +126,23 @@ def test_a_limit_that_holds_the_weights_but_not_the_activations_is_lived_with(mo
         torch.cuda.reset_peak_memory_stats()
         for tokens in (1024, 7800, 1024, 7800, 7800):
             try:
-                output = model(*inputs[tokens])
+                outputs.append((tokens, model(*inputs[tokens]).cpu()))
             except torch.OutOfMemoryError as error:
-                refused = str(error)
-                failed += 1
-            else:
-                assert torch.equal(output, expected[tokens])
-                right += 1
-            assert "Raise max_vram_gb" in refused
+                refused.append(str(error))
             assert torch.cuda.max_memory_reserved() + outside() <= total
         repeated += swap.repeated
         swap.detach()
-    print(f"\n{mode}: {right} forwards right, {repeated} repetitions, {failed} refused with advice")
+    after = resident()
+    same = [torch.equal(output, before[tokens].cpu()) for tokens, output in outputs]
+    right = [torch.equal(output, after[tokens].cpu()) for tokens, output in outputs]
+    print(
+        f"\n{mode}: {len(outputs)} forwards right, {same.count(False)} of them with cuDNN's other algorithm; {repeated} "
+        f"repetitions; {len(refused)} refused with advice"
+    )
+    assert all(map(any, zip(same, right, strict=True)))
+    assert all("Raise max_vram_gb" in text for text in refused)
     assert repeated
-    assert right > failed
+    assert len(outputs) > len(refused)
 
 
 @pytest.mark.parametrize("mode", MODES)
