@@ -16,6 +16,15 @@ export const isOurs = (node) => CLASSES.includes(node.comfyClass);
 /** @returns {boolean} whether any such node is in a graph */
 export const anyShown = () => shown.size > 0;
 
+/** Two values in one text, such as "3.2 / 12.0 GiB" or "930 ms / 1.25 s"; a first one that is 0 is not known. */
+function pair(one, other, tell) {
+  const last = tell(other);
+  if (!one) return `- / ${last}`;
+  const first = tell(one);
+  const [value, unit] = first.split(" ");
+  return `${last.endsWith(` ${unit}`) ? value : first} / ${last}`;
+}
+
 /** A strip, three figures, and a word on what they are. */
 function result() {
   const word = make("span", { class: "ivram-node-word" });
@@ -39,7 +48,6 @@ function result() {
     strip.hidden = !last?.strip;
     list.hidden = !figures;
     if (!figures) return;
-    const pair = (one, other, tell) => `${one ? tell(one) : "-"} / ${tell(other)}`;
     const texts = {
       peakOfLimit: pair(figures.peak, figures.limit, bytes),
       stepOfFloor: pair(figures.seconds, figures.floor, seconds),

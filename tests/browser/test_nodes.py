@@ -31,6 +31,8 @@ def test_a_node_shows_the_plan_that_history_tells(page: Panel) -> None:
     told = entry["outputs"][PLANNER]["intelligent_vram"][0]
     limit = told["figures"]["limit"] / (1 << 30)
     assert f"/ {limit:.{1 if limit >= 10 else 2}f} GiB" in planned.locator("[data-figure=peakOfLimit]").inner_text()
+    cut_off = "parts => parts.filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.textContent)"
+    assert planned.locator("b, span").evaluate_all(cut_off) == []
     widths = planned.locator(".ivram-node-strip i").evaluate_all("parts => parts.map((p) => Number(p.style.flexGrow))")
     assert sum(widths) == len(told["strip"]) > 0
     page.picture("planned")

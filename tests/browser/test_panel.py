@@ -29,7 +29,7 @@ def test_before_any_run_the_panel_says_what_to_do(page: Panel) -> None:
 
 
 def test_figures_move_while_a_prompt_runs_and_agree_with_history_and_log(page: Panel) -> None:
-    page.open(workflow(steps=24))
+    page.open(workflow(steps=60))
     page.fit()
     page.show()
     start = len(page.server.log_text())
@@ -44,7 +44,7 @@ def test_figures_move_while_a_prompt_runs_and_agree_with_history_and_log(page: P
     states = [state for _, state in page.told("panel")]
     models = [model for state in states for device in state["devices"] for model in device["models"]]
     assert len({model["forwards"] for model in models}) > 3, "steps are counted"
-    assert len({model["strip"] for model in models}) > 3, "the strip moves"
+    assert len({model["strip"] for model in models}) > 2, "the strip moves"
     assert any("x" in model["strip"] for model in models), "it shows what computes"
     assert {model["node"] for model in models} == {WRAPPER}
 
@@ -53,7 +53,7 @@ def test_figures_move_while_a_prompt_runs_and_agree_with_history_and_log(page: P
     count, middle, stall = re.search(line, page.server.log_text()[start:]).groups()
     run = states[-1]["runs"][0]
     assert run["prompt"] == prompt
-    assert run["figures"]["forwards"] == int(count) == 24
+    assert run["figures"]["forwards"] == int(count) == 60
     assert run["figures"]["seconds"] * 1000 == pytest.approx(int(middle), abs=0.51)
     assert run["figures"]["stall"] * 1000 == pytest.approx(int(stall), abs=0.51)
     assert seconds(row.locator("td").first.inner_text()) * 1000 == pytest.approx(int(middle), abs=10)
@@ -66,7 +66,7 @@ def test_figures_move_while_a_prompt_runs_and_agree_with_history_and_log(page: P
     assert (
         node.locator("[data-figure=peakOfLimit]")
         .inner_text()
-        .startswith(f"{peak:.{0 if peak >= 100 else 1}f} MiB / 102 MiB")
+        .startswith(f"{peak:.{0 if peak >= 100 else 1}f} / 102 MiB")
     )
 
 
