@@ -209,7 +209,9 @@ class Swap:
         try:
             self._take_patches(self._patches)
         except Exception as error:
-            log.error("the weights as they were before cannot be packed either (%s); the next forward tries again", error)
+            log.error(
+                "the weights as they were before cannot be packed either (%s); the next forward tries again", error
+            )
 
     def _take_patches(self, patches: Patches) -> None:
         """Bring all weights, packed and on the device, up to date with ``patches``."""
