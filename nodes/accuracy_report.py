@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .image import image_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -49,8 +51,8 @@ class ModelAccuracyReport:
                 "latent": (
                     "LATENT",
                     {
-                        "tooltip": "The size to compare at: an empty latent, or one to add noise to. A small one shows nearly the "
-                        "same errors in less time."
+                        "tooltip": "The size to compare at: an empty latent, or one to add noise to. A small one takes less "
+                        "time; at the size that you use the error may be another."
                     },
                 ),
                 "seed": (
@@ -82,9 +84,6 @@ class ModelAccuracyReport:
     def compare(
         self, reference: Any, model: Any, positive: Any, latent: dict[str, Any], seed: int, position: float = 0.0
     ) -> tuple[str, torch.Tensor, float]:
-        import numpy
-        import torch
-
         from ..quant.accuracy import Accuracy, ErrorSum
         from ..vram.hosts.compare import Comparison
 
@@ -109,5 +108,5 @@ class ModelAccuracyReport:
             lines.append("LoRAs count in the output, not in the weights.")
         warnings = accuracy.warnings()
         lines += ["", "Warnings:", *warnings] if warnings else []
-        image = numpy.array(accuracy.picture("Model accuracy").convert("RGB"), dtype=numpy.float32) / 255
-        return "\n".join(lines), torch.from_numpy(image)[None], accuracy.forward.relative
+        image = image_of(accuracy.picture("Model accuracy"))
+        return "\n".join(lines), image, accuracy.forward.relative

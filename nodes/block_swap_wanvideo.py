@@ -14,7 +14,7 @@ class BlockSwapWrapperWanVideo:
     """WANVIDEOMODEL in, the same out with its blocks streamed; or BLOCKSWAPARGS alone, in place of WanVideoBlockSwap."""
 
     DESCRIPTION = (
-        "Block swap for ComfyUI-WanVideoWrapper, many times faster than its own and inside a VRAM limit. Use one of two "
+        "Block swap for ComfyUI-WanVideoWrapper, faster than its own and inside a VRAM limit. Use one of two "
         "ways: put it between WanVideoModelLoader and WanVideoSampler, or connect block_swap_args to the loader in place of "
         "WanVideoBlockSwap and leave model unconnected. The result is the same to the bit."
     )

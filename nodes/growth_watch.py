@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .anything import ANYTHING, anything_input
+from .image import image_of
 
 
 class GrowthWatchNode:
@@ -48,14 +49,10 @@ class GrowthWatchNode:
         return float("nan")
 
     def watch(self, anything: Any, label: str) -> dict[str, Any]:
-        import numpy
-        import torch
-
         from ..vram.growth_picture import draw_growth
         from ..vram.hosts import memory_nodes
 
         growth = memory_nodes.mark(label)
-        drawn = draw_growth(growth, title=f"Growth of memory: {label}")
-        picture = torch.from_numpy(numpy.array(drawn, dtype=numpy.float32) / 255)[None]
+        picture = image_of(draw_growth(growth, title=f"Growth of memory: {label}"))
         report = "\n".join(growth.report())
         return {"ui": {"text": [report]}, "result": (anything, report, picture)}

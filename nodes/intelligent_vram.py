@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from .block_swap import PLAN
+from .image import image_of
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class IntelligentVRAMNode:
                 "enable_dram_optimization": switch(
                     True,
                     "Page-lock the streamed weights, up to 80% of free RAM, so that they cross the link at full speed. Off: "
-                    "they pass through a small page-locked ring, which is several times slower.",
+                    "they pass through a small page-locked ring, which is slower: the CPU copies everything once more.",
                 ),
                 "num_cuda_streams": number(
                     "INT",
@@ -177,9 +178,6 @@ class IntelligentVRAMNode:
         model_name: str,
         model: Any = None,
     ) -> dict[str, Any]:
-        import numpy
-        import torch
-
         from ..vram.advice_report import picture, report
         from ..vram.advise import PRESETS, Wishes, advise
         from ..vram.hosts import panel, planning, traits, wanvideo
@@ -207,8 +205,6 @@ class IntelligentVRAMNode:
         missing = wanvideo.watch(arguments)
         if missing is not None:
             log.debug("block_swap_args will not stream: %s", missing)
-        image = torch.from_numpy(numpy.array(picture(facts, card, advice).convert("RGB"), dtype=numpy.float32) / 255)[
-            None
-        ]
+        image = image_of(picture(facts, card, advice))
         shown = {"intelligent_vram": [panel.planned(advice)]}
         return {"ui": shown, "result": (arguments, advice, "\n".join(lines), image)}

@@ -33,10 +33,11 @@ def conversion_inputs(quantizations: list[str]) -> dict[str, Any]:
             quantizations,
             {
                 "default": "fp8_e4m3fn",
-                "tooltip": "fp8_e4m3fn: half the size, fastest on cards of compute capability 8.9 and newer. int8: half the "
-                "size, nearer to the original, for cards from 7.5 on; int8_convrot: the same with weights rotated first, which "
-                "helps models with outliers. fp8_e5m2: coarser than e4m3 and never multiplied in FP8. WanVideoWrapper's loader "
-                "reads saved FP8 files, not INT8.",
+                "tooltip": "fp8_e4m3fn: half the size, for cards of compute capability 8.9 and newer, which multiply in it. "
+                "int8: half the size with a scale for each row, for cards from 7.5 on; int8_convrot: the same with weights "
+                "rotated first, for models with outliers. fp8_e5m2: coarser than e4m3 and never multiplied in FP8. What each "
+                "loses depends on the model: Model Accuracy Report tells. WanVideoWrapper's loader reads saved FP8 files, not "
+                "INT8.",
             },
         ),
         "compute": (
@@ -44,8 +45,8 @@ def conversion_inputs(quantizations: list[str]) -> dict[str, Any]:
             {
                 "default": COMPUTE[0],
                 "tooltip": "tensor cores: multiply in FP8 or INT8, which is fast, where the card can. dequantize: turn each "
-                "layer's weights back to 16 bits before they are used: slower, and a little nearer to the original. A saved "
-                "INT8 file is only dequantized by this pack's loader.",
+                "layer's weights back to 16 bits before they are used: slower, but what they are multiplied with is not "
+                "rounded. A saved INT8 file is only dequantized by this pack's loader.",
             },
         ),
         "keep_high_precision": (
@@ -63,11 +64,13 @@ def conversion_inputs(quantizations: list[str]) -> dict[str, Any]:
 def planned(path: str, quantization: str, compute: str, keep: str) -> tuple[Conversion, list[str]]:
     """The conversion of a file into what the running ComfyUI reads, and in words what of that is not as it was asked for."""
     from ..quant.convert import plan_conversion
+    from ..quant.formats import FORMATS
     from ..vram.hosts import comfy_quant, quant_choice
 
     if quantization == NONE:
         return plan_conversion(path, NONE), []
-    choice = quant_choice.choose(quantization, comfy_quant.reads())
+    algorithms = {name: format.comfy for name, format in FORMATS.items()}
+    choice = quant_choice.choose(quantization, algorithms, comfy_quant.reads())
     tensor_cores = compute != comfy_quant.DEQUANTIZE
     conversion = plan_conversion(path, choice.quantization, keep=keep, tensor_cores=tensor_cores, layout=choice.layout)
     lines = [choice.reason] if choice.reason else []

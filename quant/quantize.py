@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from ..vram.inspect_weights import KITCHEN_CUDA
 from .formats import Format
 
 SLICE = 4 << 20  # elements that are in float32 at once: with the temporaries of the kernels below 128 MiB
 FP8_SMALLEST = 2.0**-126  # scale: zeros would have none, and a smaller one no finite inverse
 INT8_SMALLEST = 1e-30
 INT8_MOST = 127.0
-CUDA_OF_KITCHEN = 13  # its compiled kernels are built with; ComfyUI does not use them with less
 
 
 class Unquantizable(ValueError):
@@ -135,7 +135,7 @@ def _hadamard(size: int, device: torch.device) -> torch.Tensor:
 @lru_cache
 def _kitchen(device_type: str) -> ModuleType | None:
     """comfy-kitchen, where it is installed and its kernels run; only imported when a weight is quantized."""
-    if device_type == "cuda" and int((torch.version.cuda or "0").partition(".")[0]) < CUDA_OF_KITCHEN:
+    if device_type == "cuda" and int((torch.version.cuda or "0").partition(".")[0]) < KITCHEN_CUDA:
         return None
     try:
         import comfy_kitchen

@@ -23,6 +23,10 @@ FIRST_SHARE = 0.6  # of what is free for units and activations, before activatio
 MARGIN = 32 * MIB
 REGROW_AFTER = 8
 LOOKS = 3  # forwards after each plan whose memory is looked at once more
+SINGLE_LAYERS = 4  # times that memory ran out: units of a half, a quarter, an eighth of their size, then layer by layer
+CAUTION = 8 * MARGIN  # left free after memory ran out, doubled each time
+CALM = 16  # forwards without running out of memory until half of that is used again
+LONGEST_WAIT = 256  # forwards
 
 
 class Adapter:
@@ -32,6 +36,9 @@ class Adapter:
     reserves beside the units, and, in adaptive mode, compute times and bandwidth. From the next forward on as many
     units are resident as the limit holds. Adaptive mode then looks again at what is really needed, until that changes nothing, and goes on watching
     the limit: what other programs take or give back changes the plan; chunkwise keeps it.
+
+    When memory runs out in a forward, ``shrink`` finds the next smaller plan, down to single layers that get memory only
+    while they compute; what the limit holds is then resident again, with more caution each time.
     """
 
     def __init__(self, swap: Swap) -> None:
@@ -40,7 +47,10 @@ class Adapter:
         self._elements = 0
         self._measuring = False
         self._starved = 0
-        self._undecided = False
+        self._caution = 0
+        self._calm = 0
+        self._patience = REGROW_AFTER
+        self._undecided = self._lost = False
         self._beside = 0
         self._planned_budget = 0
         self._looks = 0
@@ -61,17 +71,16 @@ class Adapter:
         return self._config.streamed_blocks is not None or self._config.mode == "layerwise"
 
     def first(self) -> Plan:
-        """The plan before anything was measured. Adaptive mode begins small, and smaller after it ran out of memory."""
+        """The plan before anything was measured. Adaptive mode begins small; all do after memory ran out."""
         config, sizes = self._config, self.swap._sizes
-        if config.mode == "layerwise":
-            units, slots = single_layers(sizes), 0
-        else:
-            size = max(1, config.block_size >> self._starved)
-            units = cut(sizes if config.streamed_blocks is None else by_block(sizes), size)
-            slots = config.slots or (2 if config.mode == "adaptive" and config.streamed_blocks is None else FIRST_SLOTS)
-        if config.streamed_blocks is not None:
-            return stream_blocks(units, config.streamed_blocks, slots)
-        return stream_all(units, slots)
+        single = config.mode == "layerwise" or self._starved >= SINGLE_LAYERS
+        if config.streamed_blocks is not None and not self._starved:
+            units = single_layers(sizes) if single else cut(by_block(sizes), config.block_size)
+            return stream_blocks(units, config.streamed_blocks, 0 if single else config.slots or FIRST_SLOTS)
+        if single:
+            return stream_all(single_layers(sizes), 0)
+        slots = config.slots or (2 if config.mode == "adaptive" else FIRST_SLOTS)
+        return stream_all(cut(sizes, max(1, config.block_size >> self._starved)), 2 if self._starved else slots)
 
     def before(self, elements: int, budget: int) -> None:
         """A forward with ``elements`` input elements begins; torch may reserve ``budget`` bytes."""
@@ -80,6 +89,8 @@ class Adapter:
         cuda = swap.device.type == "cuda"
         if elements > self._largest:
             self._begin_measuring(budget)
+        elif self._fixed and self._starved:
+            self._return_to_asked()
         elif not self._fixed and self._undecided:
             self._decide(budget)
         elif not self._fixed and self._config.mode == "adaptive":
@@ -91,19 +102,20 @@ class Adapter:
         swap = self.swap
         self._measuring = True
         self._looks = 0
-        if self._config.mode == "layerwise":
-            on_cpu = swap.device.type != "cuda"  # where activations are not counted, and the rest neither
-            swap.streamer.limit_floating(budget - (swap.rest_bytes if on_cpu else 0))
-            swap.streamer.relearn()
-        elif not self._fixed:
+        if not self._fixed or self._lost:
+            self._lost = False
             plan = self.first()
             now = snapshot(swap.device).allocated
             beside = swap.rest_bytes if now is None else now - swap.streamer.device_bytes
             room = budget - beside
-            if plan.device_bytes > room * FIRST_SHARE:
+            if plan.slots > 2 and plan.device_bytes > room * FIRST_SHARE:
                 plan = stream_all(plan.units, 2)
             if plan != swap.plan:
                 swap.apply(plan)
+        if swap.streamer.floating:
+            on_cpu = swap.device.type != "cuda"  # where activations are not counted, and the rest neither
+            swap.streamer.limit_floating(budget - (swap.rest_bytes if on_cpu else 0))
+            swap.streamer.relearn()
         if swap.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(swap.device)
@@ -141,10 +153,55 @@ class Adapter:
         """Compute times that were measured, and the units that they belong to."""
         return None if self._timing is None else (self._timing, self._measured_units)
 
+    def need(self) -> int:
+        """Bytes that torch will have reserved at the peak of a forward like the last one, as far as that was measured."""
+        return 0 if self.beside is None else self._beside + self.swap.streamer.device_bytes
+
     def evicted(self) -> None:
         """Resident units were given back on request: they do not come back at once."""
         self._wait = REGROW_AFTER
         self._planned_budget = 0
+
+    def shrink(self) -> bool:
+        """Memory ran out. Whether there is a plan that takes less than the present one, which ``start_smaller`` takes over."""
+        swap = self.swap
+        present, asked = swap.plan, self._config.streamed_blocks is not None
+        if present.resident:
+            self._caution = max(CAUTION, 2 * self._caution)
+            self._calm = 0
+        self._wait, self._patience = self._patience, min(LONGEST_WAIT, 2 * self._patience)
+        single = self._starved >= SINGLE_LAYERS or (self._config.mode == "layerwise" and not asked)
+        if single and not present.resident:
+            return swap.streamer.prefetching  # the repetition is measured, and nothing is copied ahead in it
+        for starved in range(self._starved + (asked or not present.resident), SINGLE_LAYERS + 1):
+            self._starved = starved
+            if starved == SINGLE_LAYERS or self.first().device_bytes < present.device_bytes:
+                return True
+        return False
+
+    def start_smaller(self, budget: int) -> None:
+        """Take over the plan that ``shrink`` found; the forward that begins now is measured."""
+        swap = self.swap
+        plan = self.first()
+        if plan != swap.plan:
+            swap.apply(plan)
+        self._begin_measuring(budget)
+
+    def failed(self) -> None:
+        """A forward ended for want of memory, or a plan could not be taken over: the next forward is measured anew."""
+        self._largest = -1
+        self._lost = True
+
+    def _return_to_asked(self) -> None:
+        """Memory ran out under a plan that the user asked for: try that again after a while."""
+        self._wait -= 1
+        if self._wait > 0:
+            return
+        self._starved = 0
+        plan = self.first()
+        if plan != self.swap.plan:
+            log.info("block swap: back to the plan that was asked for: %s", plan.describe())
+            self.swap.apply(plan)
 
     def _decide(self, budget: int) -> None:
         """The first plan after a measurement."""
@@ -165,6 +222,13 @@ class Adapter:
             self._looks += 1
             if self._use_slack(budget):
                 self._looks = 0
+                return
+        if self._caution:
+            self._calm += 1
+            if self._calm >= CALM:
+                self._calm, self._caution = 0, self._caution // 2 if self._caution > CAUTION else 0
+                self._patience = REGROW_AFTER
+                self._replan(budget)
                 return
         if budget > self._planned_budget + 4 * MARGIN and self._planned_budget < self._whole_need():
             self._wait -= 1
@@ -191,7 +255,7 @@ class Adapter:
         self._planned_budget = budget
         self._wait = REGROW_AFTER
         swap, config = self.swap, self._config
-        room = budget - self._beside - self._margin
+        room = budget - self._beside - self._margin - self._caution
         for _ in range(6):
             plan = self._best(room)
             if plan == swap.plan:
@@ -210,7 +274,7 @@ class Adapter:
                 plan.describe(),
             )
             return
-        swap.apply(stream_all(swap.plan.units, 2))
+        swap.apply(self.first())
 
     def _best(self, room: int) -> Plan:
         config = self._config
@@ -219,19 +283,9 @@ class Adapter:
             plan = choose(self.swap._sizes, self._measured_units, self._timing, room, config.block_size)
         else:
             plan = fit(units, room, config.slots or FIRST_SLOTS) or fit(units, room, 2)
-        return plan if plan is not None else stream_all(units, 2)
-
-    def explain(self, error: torch.OutOfMemoryError) -> torch.OutOfMemoryError:
-        """An out-of-memory error of a forward in words that say what to change. The next forward begins smaller."""
-        swap = self.swap
-        if self._config.mode == "adaptive":
-            self._starved = min(self._starved + 1, 3)
-            self._largest = -1
-        return torch.OutOfMemoryError(
-            f"The forward needs more than the VRAM limit of {format_bytes(swap.limit)}: {format_bytes(self._peak_allocated)} "
-            f"were in use ({format_bytes(swap.device_bytes)} of them weights) when an allocation failed. Raise max_vram_gb, "
-            f"use swap_mode layerwise, or a smaller resolution or fewer frames. ({error})"
-        )
+        if plan is not None:
+            return plan
+        return self.first() if self._starved else stream_all(units, 2)
 
 
 def timing(record: ForwardRecord, count: int) -> Timing:

@@ -155,16 +155,21 @@ def _unpredicted(facts: ModelFacts | None, card: Hardware, wishes: Wishes) -> Ad
     if wishes.max_vram is not None:
         limit, remarks = asked_limit(card, wishes.max_vram)
     count = wishes.blocks_to_swap + wishes.vace_blocks_to_swap
-    config = SwapConfig(
-        max_vram=limit,
-        block_size=wishes.block_size,
-        mode="adaptive" if wishes.cuda else "chunkwise",
-        slots=None if wishes.auto else wishes.slots,
-        streamed_blocks=count or None,
-        host_budget=min(usable_ram, card.pinnable) if wishes.dram else 0,
-    )
+    base = SwapConfig(max_vram=limit, block_size=wishes.block_size)
+    config = _config(base, card, wishes, usable_ram, count or None)
     remark = f"{what}, so nothing is predicted; the engine measures the first step and plans then"
     return Advice(config, None, available, usable_ram, (remark, *remarks))
+
+
+def _config(base: SwapConfig, card: Hardware, wishes: Wishes, usable_ram: int, streamed: int | None) -> SwapConfig:
+    """``base`` with what the user chose; ``streamed``: how many blocks, None for what the plan needs."""
+    return replace(
+        base,
+        mode="adaptive" if wishes.cuda else "chunkwise",
+        slots=None if wishes.auto else wishes.slots,
+        streamed_blocks=streamed,
+        host_budget=min(usable_ram, card.pinnable) if wishes.dram else 0,
+    )
 
 
 class _Adviser:
@@ -187,13 +192,7 @@ class _Adviser:
     def advise(self, base: SwapConfig) -> Advice:
         """The configuration for what the user chose, at the limit that is best."""
         wishes = self.wishes
-        config = replace(
-            base,
-            mode="adaptive" if wishes.cuda else "chunkwise",
-            slots=None if wishes.auto else wishes.slots,
-            streamed_blocks=self._blocks(),
-            host_budget=min(self.usable_ram, self.card.pinnable) if wishes.dram else 0,
-        )
+        config = _config(base, self.card, wishes, self.usable_ram, self._blocks())
         limits = self._limits()
         growing = wishes.auto and wishes.grow and config.streamed_blocks is None
         prediction = self._fast_enough(config, limits) if growing else self._first(config, limits)

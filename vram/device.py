@@ -124,18 +124,13 @@ def host_to_device_bandwidth(device: torch.device, size: int = 256 * MIB, repeat
     ``repeats`` copies of ``size`` bytes. Takes ``size`` bytes of each memory for a moment and, on PCIe 3 and better,
     under a fifth of a second; measured once a process. On a CPU device it is the speed of a copy in RAM. Raises
     NoDevice."""
-    return _copy_bandwidth(resolve(device), True, size, repeats)
-
-
-def device_to_host_bandwidth(device: torch.device, size: int = 256 * MIB, repeats: int = 7) -> float:
-    """As ``host_to_device_bandwidth``, from the device to page-locked host memory."""
-    return _copy_bandwidth(resolve(device), False, size, repeats)
+    return _copy_bandwidth(resolve(device), size, repeats)
 
 
 @lru_cache(maxsize=16)
-def _copy_bandwidth(device: torch.device, to_device: bool, size: int, repeats: int) -> float:
+def _copy_bandwidth(device: torch.device, size: int, repeats: int) -> float:
     with _undisturbed(device), _copy_stream(device):
-        return size / _seconds(_copy_work(device, to_device, size).prepare(), device, repeats)
+        return size / _seconds(_copy_work(device, True, size).prepare(), device, repeats)
 
 
 def measure_rates(device: torch.device | str) -> Rates:

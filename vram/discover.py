@@ -38,12 +38,14 @@ class Scope:
     leave: names of parameters and buffers in blocks that stay where they are.
     called_alone: names of parts of a block that are also called by others than the block.
     whole: names of parts that compute with the weights of their children without calling them.
+    repeat: the method of the model that is called again when memory ran out in it.
     """
 
     outside: bool = True
     leave: frozenset[str] = frozenset()
     called_alone: frozenset[str] = frozenset()
     whole: frozenset[str] = frozenset()
+    repeat: str = "forward"
 
 
 WHOLE = Scope()

@@ -27,10 +27,6 @@ from .units import MIB, format_bytes
 CONTEXT = 512 * MIB
 """What a process of PyTorch is taken to hold outside torch's allocator on a card that is not here (the CUDA context and
 loaded kernels; 0.4 to 0.6 GiB are usual)."""
-ATTENTION_OF_MATMUL = 0.75
-FLOP_PER_BYTE = 160
-"""For a card of which only numbers are given: attention's FLOP/s over those of linear layers, and the latter over
-bytes/s of device memory; about what the cards of the table have in the middle."""
 CALLS = 150_000.0
 """Operations a second that Python is taken to start where that is not measured."""
 
@@ -304,26 +300,3 @@ def card(text: str) -> Hardware:
         calls=CALLS,
         source=dict.fromkeys(values, f"table: {entry.name}") | {"calls": ASSUMED},
     )
-
-
-def of_numbers(device_total: int, to_device: float, matmul: float, **numbers: int | float | None) -> Hardware:
-    """A card of which only numbers are known: VRAM in bytes, bytes/s of the link, FLOP/s of 16-bit linear layers, and
-    what ``Hardware.with_`` takes. Attention and device memory are assumed in proportion where they are not given, FP8
-    not to be there. Raises ValueError for a number that is not above 0."""
-    if not all(0 < number < float("inf") for number in (device_total, to_device, matmul)):
-        raise ValueError(f"VRAM, bandwidth and throughput must be above 0, not {device_total}, {to_device}, {matmul}")
-    plain = _elsewhere(
-        "a card of the given numbers",
-        None,
-        int(device_total),
-        to_device=to_device,
-        to_host=to_device,
-        matmul=matmul,
-        matmul_fp8=None,
-        attention=matmul * ATTENTION_OF_MATMUL,
-        memory=matmul / FLOP_PER_BYTE,
-        calls=CALLS,
-        source=dict.fromkeys(_RATES, IN_PROPORTION)
-        | {"to_device": GIVEN, "matmul": GIVEN, "matmul_fp8": "not given", "calls": ASSUMED},
-    )
-    return plain.with_(**numbers)

@@ -24,6 +24,7 @@ from .layout import plain_tensors
 
 FP8 = ("float8_e4m3fn", "float8_e5m2")
 FP8_MULTIPLE = 16
+KITCHEN_CUDA = 13  # what comfy-kitchen's compiled kernels are built with; ComfyUI does not use them with less
 ROW_MAJOR, COLUMN_MAJOR, STRIDED = "row-major", "column-major", "strided"
 
 

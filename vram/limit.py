@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -11,11 +12,14 @@ from .memory import MemorySnapshot, snapshot
 from .units import MIB
 
 AUTOMATIC_SHARE = 0.8
-SAFETY = 128 * MIB
+# Left free of what the card has. Windows does not refuse what the card cannot hold but moves it into shared memory, which is
+# many times slower: there ComfyUI leaves 600 MB (comfy/model_management.py, EXTRA_RESERVED_VRAM), and so does this.
+SAFETY = (600 if sys.platform == "win32" else 128) * MIB
+SPILLS = SAFETY if sys.platform == "win32" else SAFETY // 2  # what torch may not reserve of that at any moment
 
 
 def automatic_limit(now: MemorySnapshot) -> int:
-    """The limit for a user who gave none: 80% of the device, or what is free of it less 128 MiB if that is less."""
+    """The limit for a user who gave none: 80% of the device, or what is free of it less ``SAFETY`` if that is less."""
     total = now.device_total or now.host_total
     reachable = now.reachable if now.device.type == "cuda" else now.host_available
     limit = int(total * AUTOMATIC_SHARE)
@@ -36,9 +40,14 @@ def budget_now(device: torch.device, limit: int, outside_torch: int) -> int:
     return _within_card(limit - outside_torch, free + reserved(device))
 
 
+def taken_by_others(device: torch.device, limit: int, outside_torch: int) -> int:
+    """Bytes of what ``limit`` leaves to this process that it cannot reach now, because other programs hold them."""
+    return max(0, limit - outside_torch - budget_now(device, limit, outside_torch)) if device.type == "cuda" else 0
+
+
 def _within_card(budget: int, reachable: int | None) -> int:
     """``budget``, or a little less than what the process can reach on the card where that is less."""
-    return budget if reachable is None else min(budget, reachable - SAFETY // 2)
+    return budget if reachable is None else min(budget, reachable - SPILLS)
 
 
 def reserved(device: torch.device) -> int:

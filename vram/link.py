@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import Protocol
@@ -52,6 +53,10 @@ class Link:
     def compute_stream(self) -> object:
         """The stream that the calling thread computes on."""
         return None
+
+    def computing_on(self, stream: object) -> contextlib.AbstractContextManager:
+        """While inside, ``stream`` is the stream that the calling thread computes on."""
+        return contextlib.nullcontext()
 
     def mark(self, stream: object) -> Event:
         """An event with a time, recorded on ``stream`` now."""
@@ -111,6 +116,9 @@ class CudaLink(Link):
     def compute_stream(self) -> torch.cuda.Stream:
         stream = self._streams.current = torch.cuda.current_stream(self._index)
         return stream
+
+    def computing_on(self, stream: torch.cuda.Stream | None) -> contextlib.AbstractContextManager:
+        return torch.cuda.stream(stream)
 
     def _new_event(self) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=True)

@@ -106,10 +106,11 @@ def computing() -> bool:
 
 
 def nodes() -> dict[str, dict[str, Any]]:
-    """By node id, what a node shows of its last run, or of the one that is under way."""
+    """By node id, what a node shows of its last run, or of the one that is under way. Of several swaps that one node asked
+    for, on several devices, it shows one that computes."""
     with _lock:
         shown = dict(_nodes)
-    for known, swap in _attached():
+    for known, swap in sorted(_attached(), key=lambda pair: busy(pair[1])):
         if known.node is None:
             continue
         steps = [step for step in read_steps(swap, known.steps) if step.index >= known.told]
@@ -215,6 +216,8 @@ def _device(device: torch.device, attached: Sequence[tuple[_Watched, Swap]]) -> 
         process = max(weights, (now.reserved or 0) + now.outside_torch)
         others, rest = max(0, total - free - process), process - weights
         name = torch.cuda.get_device_name(device)
+        if torch.cuda.device_count() > 1:  # cards of one machine are often of one kind
+            name = f"{name} ({device})"
     return {
         "device": str(device),
         "name": name,

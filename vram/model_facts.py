@@ -178,11 +178,6 @@ class ModelFacts:
         return sum(self.block_bytes)
 
     @property
-    def outside_bytes(self) -> int:
-        """Bytes of weights outside blocks."""
-        return self.total_bytes - self.inside_bytes
-
-    @property
     def description(self) -> str:
         """One line: family and kind, billions of parameters, blocks, dtype."""
         billions = self.parameters / 1e9

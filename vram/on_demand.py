@@ -24,6 +24,11 @@ class CopySchedule:
         self._activation: dict[int, int] = {}
         self._windows: list[int] | None = None
 
+    @property
+    def known(self) -> bool:
+        """Whether there is a schedule; without one nothing is copied ahead."""
+        return self._windows is not None
+
     def forget(self) -> None:
         """The order of use changed, or what a forward needs: measure the next one."""
         self._windows = None

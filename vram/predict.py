@@ -181,13 +181,17 @@ def predict(
 
 def _plan(layers: Sequence[LayerSize], units: Sequence[Unit], timing: Timing, room: int, config: SwapConfig) -> Plan:
     if config.mode == "layerwise":
-        return stream_all(single_layers(layers), 0)
+        units, slots = single_layers(layers), 0
+    else:
+        slots = config.slots or FIRST_SLOTS
     if config.streamed_blocks is not None:
-        return stream_blocks(units, config.streamed_blocks, config.slots or FIRST_SLOTS)
+        return stream_blocks(units, config.streamed_blocks, slots)
+    if config.mode == "layerwise":
+        return stream_all(units, slots)
     if config.mode == "adaptive" and config.slots is None:
         plan = choose(layers, units, timing, room, config.block_size)
     else:
-        plan = fit(units, room, config.slots or FIRST_SLOTS) or fit(units, room, 2)
+        plan = fit(units, room, slots) or fit(units, room, 2)
     return plan or stream_all(units, 2)
 
 

@@ -10,19 +10,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from .link import Link
 from .on_demand import CopySchedule
 from .order import Order
+from .repeat import out_of_memory
 from .slots import Load, Slot, StreamUnit
 from .staging import Piece, StagingRing
 from .telemetry import Copy, Telemetry, Visit
 from .units import format_bytes
 
 log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.05  # between looks at what other programs took, while a forward is queued
 
 
 def _by_distance(entry: tuple[int, Slot]) -> int:
@@ -46,8 +49,12 @@ class Streamer:
         self._unit_of: list[StreamUnit] = []
         self._trace: list[int] = []
         self._schedule = CopySchedule(link)
-        self._spilled = 0
+        self._spilled = self._numbers = 0
+        self._look: Callable[[], None] | None = None
+        self._look_at = 0.0
+        self._compute: object = None
         self._host_seconds = 0.0
+        self._failed_ahead = False
         self._staging = StagingRing(link)
 
     # -- configuration, between forwards ---------------------------------------------------------------------------
@@ -60,11 +67,13 @@ class Streamer:
             self.slots = []
             self.units, self._unit_of = units, unit_of
             self.floating = slots == 0
+            self._spilled = 0
             sequence = self.order.sequence or list(range(len(unit_of)))
             self.order = Order()
             self._learn(sequence)
             self.link.trim()  # slots and resident units in memory of their own, not in splinters of the last plan's
-            self.slots = [Slot(self.link.empty(slot_bytes), number) for number in range(slots)]
+            self._numbers = 0
+            self.slots = [Slot(self.link.empty(slot_bytes), self._next_number()) for _ in range(slots)]
 
     def make_resident(self, unit: StreamUnit) -> None:
         """Copy a unit into device memory of its own and leave it bound. Needs ``unit.nbytes`` of device memory."""
@@ -73,10 +82,12 @@ class Streamer:
             slot = Slot(self.link.empty(unit.nbytes), -1)
             stream = self.link.compute_stream()
             self._issue(unit, slot)
-            self._await(unit, stream)
-            unit.slot = unit.load = slot.unit = None
-            unit.resident = slot.buffer
+            try:
+                self._await(unit, stream)
+            finally:
+                unit.slot = unit.load = slot.unit = None
             unit.bind(slot)
+            unit.resident = slot.buffer
 
     def evict(self, unit: StreamUnit) -> int:
         """Drop a resident unit's device memory; it streams from now on. Returns the bytes given back."""
@@ -89,43 +100,59 @@ class Streamer:
 
     def stream_evicted(self, slots: int, slot_bytes: int) -> None:
         """Units were evicted: add ``slots`` slots of ``slot_bytes`` for them and expect them in the order of use, also in
-        the middle of a forward."""
-        with self.lock:
-            for _ in range(slots):
-                self.slots.append(Slot(self.link.empty(slot_bytes), len(self.slots)))
-            if self.slots:
-                self.floating = False
+        the middle of a forward. Where there is no memory for slots, they get memory of their own when they are needed."""
+        with self.lock, self.link.computing_on(self._compute):
+            try:
+                for _ in range(slots):
+                    self.slots.append(Slot(self.link.empty(slot_bytes), self._next_number()))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+            self.floating = not self.slots
             position = self.order.position
             self._learn(self.order.sequence)
             self.order.position = position
 
+    def _next_number(self) -> int:
+        """A number that no slot has had since the units last forgot theirs."""
+        self._numbers += 1
+        return self._numbers - 1
+
     def release_all(self) -> None:
-        """Unbind all units and forget what the slots hold. Copies under way are waited for."""
+        """Unbind all units and forget what the slots hold. Copies under way are waited for. Also when that raises, because
+        the device is lost, the module sees the host's tensors again."""
         with self.lock:
-            for unit in self.units:
-                if unit.load is not None:
-                    unit.load.failed()
-            self.link.synchronize()
-            for unit in self.units:
-                if unit.bound:
-                    unit.unbind()
-                unit.slot = unit.load = unit.resident = None
-                unit.active = 0
-                unit.forget_views()
-            for slot in self.slots:
-                slot.unit = None
-            self.floating_bytes = 0
+            try:
+                for unit in self.units:
+                    if unit.load is not None:
+                        unit.load.failed()
+                self.link.synchronize()
+            finally:
+                for unit in self.units:
+                    if unit.bound:
+                        unit.unbind()
+                    unit.slot = unit.load = unit.resident = unit.visit = None
+                    unit.active = 0
+                    unit.forget_views()
+                for slot in self.slots:
+                    slot.unit = None
+                self.floating_bytes = 0
 
     def drop_slots(self) -> None:
         """Give back the memory of slots and resident units; the next forward needs ``configure`` first."""
         with self.lock:
-            self.release_all()
-            self.slots = []
+            try:
+                self.release_all()
+            finally:
+                self.slots = []
 
     def close(self) -> None:
-        """Unbind everything, end the staging thread, give back all device memory."""
-        self.drop_slots()
-        self._staging.close()
+        """Unbind everything, end the staging thread, give back all device memory. Finishes also when the device is lost."""
+        for part in (self.drop_slots, self._staging.close):
+            try:
+                part()
+            except Exception as error:
+                log.warning("block swap is taken off, although the device does not answer: %s", error)
         self.telemetry.clear()
         self.units, self._unit_of, self.order = [], [], Order()
 
@@ -140,6 +167,11 @@ class Streamer:
         with self.lock:
             self._learn(self.order.sequence)
 
+    @property
+    def prefetching(self) -> bool:
+        """Whether copies are begun ahead of their use."""
+        return not self.floating or self._schedule.known
+
     def limit_floating(self, cap: int | None) -> None:
         """Never let prefetching take streamed units and activations together past ``cap`` bytes."""
         self._schedule.cap = cap
@@ -150,14 +182,18 @@ class Streamer:
 
     # -- the forward ----------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """A forward of the whole model begins."""
+    def begin(self, look: Callable[[], None] | None = None, repeats: int = 0) -> None:
+        """A forward of the whole model begins, as repetition number ``repeats`` of one that failed. ``look`` is called
+        between units from time to time, on the thread that computes."""
         with self.lock:
             self.order.position = 0
             self._trace = []
             self._host_seconds = 0.0
+            self._look = look
+            self._look_at = time.perf_counter() + LOOK_SECONDS
+            self._compute = self.link.compute_stream()
             self.peak_bytes = self.device_bytes
-            self.telemetry.begin()
+            self.telemetry.begin(repeats)
             if self.floating:
                 self._schedule.begin()
             self._prefetch()
@@ -167,9 +203,17 @@ class Streamer:
         with self.lock:
             if self._schedule.measuring:
                 self._measure()
-            for unit in self.units:
-                if unit.bound and not unit.active and unit.resident is None:
-                    self._release(unit, self.link.compute_stream())
+            try:
+                for unit in self.units:
+                    if unit.bound and not unit.active and unit.resident is None:
+                        self._release(unit, self.link.compute_stream())
+            except Exception as error:
+                if completed:
+                    raise
+                log.debug("the device does not answer after a forward that failed: %s", error)
+                for unit in self.units:
+                    if unit.bound and not unit.active and unit.resident is None:
+                        unit.unbind()
             if completed:
                 self.telemetry.end(peak, self._host_seconds)
                 same = self._trace == self.order.sequence
@@ -179,13 +223,14 @@ class Streamer:
             else:
                 self.telemetry.abandon()
                 self._schedule.end(None)
+            self._look = None
             self.order.position = 0
             self.link.compute_stream()
             if self.floating:
                 for unit in self.units:
                     if not unit.bound:
                         self._drop_load(unit)
-            else:
+            elif completed:
                 self._prefetch()
 
     def enter(self, layer: int) -> None:
@@ -198,6 +243,9 @@ class Streamer:
             self.order.advance(layer)
             if self.telemetry.recording:
                 self._trace.append(layer)
+            if self._look is not None and started >= self._look_at:
+                self._look_at = started + LOOK_SECONDS
+                self._look()
             unit.active += 1
             if not unit.bound:
                 try:
@@ -227,7 +275,7 @@ class Streamer:
         missed = unit.load is None
         if missed:
             self.telemetry.miss()
-            self._issue(unit, self._demand_slot(unit))
+            self._fetch(unit, self._demand_slot(unit))
         arrive = self.link.mark(stream)
         self._await(unit, stream)
         unit.bind(unit.slot)
@@ -248,7 +296,13 @@ class Streamer:
         until then, because weights are read-only."""
         unit.unbind()
         slot = unit.slot
-        slot.free = self.link.mark(stream)
+        try:
+            slot.free = self.link.mark(stream)
+        except BaseException:
+            # nobody would know when it may be overwritten: its memory goes back to the allocator, behind the compute
+            self._drop_load(unit)
+            self.slots = [other for other in self.slots if other is not slot]
+            raise
         if unit.visit is not None:
             unit.visit.leave = slot.free
             unit.visit = None
@@ -263,30 +317,56 @@ class Streamer:
         failed = load.failed()
         unit.slot = unit.load = slot.unit = None
         if slot.number < 0:
-            if not failed:
-                self.link.compute_waits_for(load.ready, self.link.compute_stream())
             self.floating_bytes -= slot.buffer.numel()
+            if failed:
+                self._abandon(slot)
+            else:
+                self.link.compute_waits_for(load.ready, self.link.compute_stream())
 
     # -- copies ---------------------------------------------------------------------------------------------------
+
+    def _fetch(self, unit: StreamUnit, slot: Slot) -> None:
+        """Queue the copy of ``unit`` into a slot, or into memory of its own."""
+        try:
+            self._issue(unit, slot)
+        except BaseException:
+            if slot.number < 0:
+                self.floating_bytes -= slot.buffer.numel()
+            raise
 
     def _issue(self, unit: StreamUnit, slot: Slot) -> None:
         """Queue the copy of ``unit`` into ``slot``, behind the compute that last used the slot."""
         if slot.unit is not None:
             slot.unit.load.failed()  # a copy through the staging ring is queued late, but before this one
             slot.unit.slot = slot.unit.load = None
+            slot.unit = None
         link = self.link
         copy = Copy(unit.index, unit.nbytes, link.event(), link.event())
         load = Load(copy.end)
+        try:
+            if not isinstance(unit.source, torch.Tensor):
+                self._issue_staged(unit.source, slot, load, copy)
+            else:
+                if slot.free is not None:
+                    link.copy_waits_for(slot.free)
+                copy.begin.record(link.stream)
+                link.copy(unit.target(slot), unit.source)
+                copy.end.record(link.stream)
+                self.telemetry.copy(copy)
+        except BaseException:
+            self._abandon(slot)
+            raise
+        # not before the copy is queued: else a slot that holds other bytes would be taken for the unit
         unit.slot, unit.load, slot.unit = slot, load, unit
-        if not isinstance(unit.source, torch.Tensor):
-            self._issue_staged(unit.source, slot, load, copy)
-            return
-        if slot.free is not None:
-            link.copy_waits_for(slot.free)
-        copy.begin.record(link.stream)
-        link.copy(unit.target(slot), unit.source)
-        copy.end.record(link.stream)
-        self.telemetry.copy(copy)
+
+    def _abandon(self, slot: Slot) -> None:
+        """A copy into ``slot`` failed, perhaps half-way. Memory of its own must not be used again before that has ended; a
+        slot's next copy is queued behind it."""
+        if slot.number < 0:
+            try:
+                self.link.synchronize()
+            except Exception as error:  # the device is lost, and with it whatever was under way
+                log.debug("copies cannot be waited for: %s", error)
 
     def _issue_staged(self, pieces: list[Piece], slot: Slot, load: Load, copy: Copy) -> None:
         """The same through the staging ring, whose thread does it a little later."""
@@ -301,11 +381,12 @@ class Streamer:
         def after(error: Exception | None) -> None:
             try:
                 copy.end.record(link.stream)
-                load.error = error
-                if error is None:
-                    self.telemetry.copy(copy)
-            finally:
-                load.issued.set()
+            except Exception as failure:
+                error = error or failure
+            load.error = error
+            if error is None:
+                self.telemetry.copy(copy)
+            load.issued.set()
 
         self._staging.submit(pieces, slot.buffer, before, after)
 
@@ -338,10 +419,20 @@ class Streamer:
         return slot
 
     def _prefetch(self) -> None:
-        """Begin the copies of the next units, as far as slots allow."""
-        if self.floating:
-            self._prefetch_floating()
-            return
+        """Begin the copies of the next units, as far as slots allow. A copy that fails is tried again when its unit is needed,
+        and raises then."""
+        try:
+            if self.floating:
+                self._prefetch_floating()
+            else:
+                self._prefetch_slots()
+        except Exception as error:
+            log.log(
+                logging.DEBUG if self._failed_ahead else logging.WARNING, "a unit could not be copied ahead: %s", error
+            )
+            self._failed_ahead = True
+
+    def _prefetch_slots(self) -> None:
         order, runs = self.order, self.order.runs
         here, count = order.here(), len(runs)
         idle = [
@@ -360,7 +451,7 @@ class Streamer:
             if best is None or best[0] <= ahead:
                 return
             idle.remove(best)
-            self._issue(unit, best[1])
+            self._fetch(unit, best[1])
 
     def _window(self) -> int:
         """The window that this moment is in, see on_demand.py."""
@@ -378,4 +469,4 @@ class Streamer:
                 return
             unit = runs[index].unit
             if unit.load is None:
-                self._issue(unit, self._own_memory(unit))
+                self._fetch(unit, self._own_memory(unit))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,11 +16,13 @@ from .adapt import Adapter
 from .config import SwapConfig
 from .device import resolve
 from .discover import WHOLE, Scope, Slotted, find_blocks, tensor_bytes
-from .gates import MARK, InstancePatches, gate, hide_from_compile, marked, stay
+from .forward import Forward
+from .gates import MARK, InstancePatches, gate, hide_from_compile, stay
 from .link import open_link
 from .memory import MemorySnapshot, snapshot
 from .packing import NO_PATCHES, PackedModel, Patches, Progress
 from .plan import LimitTooSmall, Plan, Timing, Unit, single_layers, stream_all
+from .repeat import let_go, out_of_memory
 from .rest import Rest, sort_tensors
 from .stream import Streamer, StreamUnit
 from .telemetry import Telemetry
@@ -75,13 +76,11 @@ class Swap:
         self.setup_seconds = 0.0
         self._rest = Rest(device)
         self._instance = InstancePatches()
-        self._forward_lock = threading.RLock()
-        self._depth = 0
-        self._held: Any = None
-        self._outside_torch = 0
+        self._forward = Forward(self)
         self._patches = NO_PATCHES
+        self._undone: Plan | None = None  # the plan to go back to, while it is not sure which patches the weights have
         self._sizes: list = []
-        self._adapter: Adapter | None = None
+        self.adapter: Adapter | None = None
 
     @property
     def rest_bytes(self) -> int:
@@ -91,12 +90,17 @@ class Swap:
     @property
     def beside(self) -> int | None:
         """Bytes that the process reserved beside units in the last measured forward; None before one was measured."""
-        return self._adapter.beside if self._adapter is not None else None
+        return self.adapter.beside if self.adapter is not None else None
 
     @property
     def measured(self) -> tuple[Timing, tuple[Unit, ...]] | None:
         """Compute times of a forward, and the units that they belong to; None where they were not measured."""
-        return self._adapter.measured if self._adapter is not None else None
+        return self.adapter.measured if self.adapter is not None else None
+
+    @property
+    def repeated(self) -> int:
+        """How often a forward was begun again because memory ran out in it."""
+        return self._forward.repeated
 
     # -- attach and detach ------------------------------------------------------------------------------------------
 
@@ -107,7 +111,7 @@ class Swap:
     @property
     def computing(self) -> bool:
         """Whether a forward of the model is under way."""
-        return self._depth > 0
+        return self._forward.depth > 0
 
     def _attach(self, patches: Patches, packed: PackedModel | None, progress: Progress | None) -> None:
         started = time.perf_counter()
@@ -128,16 +132,16 @@ class Swap:
             log.warning("%s stays resident, because it cannot be packed: %s", slotted.path, reason)
         rest += [slotted for slotted, _ in packed.left_out]
         self._sizes = packed.sizes
-        self._adapter = Adapter(self)
-        first = self._checked(self._adapter.first(), rest, now)
+        self.adapter = Adapter(self)
+        first = self._checked(self.adapter.first(), rest, now)
         written = packed.pack(patches, progress)
         self._patches = patches
         packed.page_lock()
         self._rest.place(rest, patches)
         self._install()
-        self._outside_torch = snapshot(self.device).outside_torch
-        with limit.held(self.device, limit.budget_now(self.device, self.limit, self._outside_torch)):
-            self.apply(first)
+        self._forward.outside_torch = snapshot(self.device).outside_torch
+        with limit.held(self.device, limit.budget_now(self.device, self.limit, self._forward.outside_torch)):
+            self._begin_with(first)
         packed.owner = self
         self.setup_seconds = time.perf_counter() - started
         log.info(
@@ -153,7 +157,7 @@ class Swap:
             format_bytes(self.rest_bytes),
             self.device,
             format_bytes(self.limit),
-            first.describe(),
+            self.plan.describe(),
         )
 
     def _checked(self, plan: Plan, rest: list[Slotted], now: MemorySnapshot) -> Plan:
@@ -189,29 +193,33 @@ class Swap:
         )
 
     def repack(self, patches: Patches) -> None:
-        """Change the patches of an attached model between forwards: only the weights that they touch are packed again."""
-        with (
-            self._forward_lock,
-            limit.held(self.device, limit.budget_now(self.device, self.limit, self._outside_torch)),
-        ):
-            self.streamer.release_all()
+        """Change the patches of an attached model between forwards: only the weights that they touch are packed again. When
+        that fails, the ones before are in force; until they are again, no forward begins."""
+        with self._forward.lock:
             try:
-                self._take_patches(patches)
-                self._patches = patches
+                self._change(patches)
             except BaseException:
-                self._mend()
+                try:
+                    self.mend()
+                except Exception as error:
+                    log.warning(
+                        "weights that a LoRA changed could not be put back yet, and are before the next forward: %s",
+                        error,
+                    )
                 raise
-            finally:
-                self.apply(self.plan)
 
-    def _mend(self) -> None:
-        """Bring back the patches from before a change that failed. Where that fails too, the next forward tries again."""
-        try:
-            self._take_patches(self._patches)
-        except Exception as error:
-            log.error(
-                "the weights as they were before cannot be packed either (%s); the next forward tries again", error
-            )
+    def mend(self) -> None:
+        """Finish what a change of patches that failed left undone."""
+        if self._undone is not None or self.packed.torn or self._rest.torn:
+            self._change(self._patches)
+
+    def _change(self, patches: Patches) -> None:
+        with limit.held(self.device, limit.budget_now(self.device, self.limit, self._forward.outside_torch)):
+            self._undone = self._undone or self.plan
+            self.streamer.release_all()
+            self._take_patches(patches)
+            self._begin_with(self._undone)
+            self._patches, self._undone = patches, None
 
     def _take_patches(self, patches: Patches) -> None:
         """Bring all weights, packed and on the device, up to date with ``patches``."""
@@ -222,23 +230,20 @@ class Swap:
         finally:
             self._rest.bind()
 
-    def _ready(self) -> None:
-        """Weights whole, and where they may be, before a forward computes with them."""
-        if self.packed.torn or self._rest.torn:
-            self.streamer.release_all()
-            self._take_patches(self._patches)
-            self.apply(self.plan)
+    def ready(self) -> None:
+        """Weights whole, and page-locked as far as the budget goes, before a forward computes with them."""
+        self.mend()
         if self.packed.use():
             self.sources_changed()
 
     @contextlib.contextmanager
     def idle(self) -> Iterator[bool]:
         """Whether no forward and no copy of the model is under way, see ``packing.Owner``."""
-        if not self._forward_lock.acquire(blocking=False):
+        if not self._forward.lock.acquire(blocking=False):
             yield False
             return
         try:
-            if self._depth or self.plan is None:
+            if self._forward.depth or self.plan is None:
                 yield False
                 return
             with self.streamer.lock:
@@ -248,7 +253,7 @@ class Swap:
                 self.link.synchronize()
                 yield True
         finally:
-            self._forward_lock.release()
+            self._forward.lock.release()
 
     def sources_changed(self) -> None:
         """Page-locked memory went to another model, or came back."""
@@ -274,13 +279,18 @@ class Swap:
             for module in part.modules():
                 if module._parameters or module._buffers:
                     self._instance.set(module, "_apply", stay(module))
-        self._instance.set(self.root, "forward", self._root_gate(self.root.forward))
+        within = self.scope.repeat
+        if within == "forward":
+            self._instance.set(self.root, "forward", self._forward.gate(self._forward.repeatable(self.root.forward)))
+        else:
+            self._instance.set(self.root, within, self._forward.repeatable(getattr(self.root, within)))
+            self._instance.set(self.root, "forward", self._forward.gate(self.root.forward))
 
     def detach(self) -> PackedModel | None:
         """Take everything off the model: its own parameters, ``forward`` and ``to`` are back, its weights are in host
         memory, all device memory is given back. Returns the packed weights, which ``attach`` takes again."""
-        with self._forward_lock:
-            if self._depth:
+        with self._forward.lock:
+            if self._forward.depth:
                 raise RuntimeError("block swap cannot be taken off a model while it computes")
             self.streamer.close()
             self._instance.restore()
@@ -293,7 +303,7 @@ class Swap:
     # -- plans -------------------------------------------------------------------------------------------------------
 
     def apply(self, plan: Plan) -> None:
-        """Take over another plan between forwards."""
+        """Take over another plan between forwards. When memory runs out on the way, nothing is resident."""
         units = [
             StreamUnit(
                 index,
@@ -305,17 +315,37 @@ class Swap:
             for index, unit in enumerate(plan.units)
         ]
         unit_of = [unit for unit, planned in zip(units, plan.units, strict=True) for _ in _layers(planned)]
-        self.plan = Plan(plan.units, frozenset(), 0, 0)  # what is really there, should memory run out on the way
-        self.streamer.configure(units, unit_of, plan.slots, plan.slot_bytes)
-        for index in sorted(plan.resident):
-            self.streamer.make_resident(units[index])
-        self.streamer.relearn()
-        self.plan = plan
+        with self.streamer.lock:
+            self.plan = Plan(plan.units, frozenset(), 0, 0)
+            try:
+                self.streamer.configure(units, unit_of, plan.slots, plan.slot_bytes)
+                for index in sorted(plan.resident):
+                    self.streamer.make_resident(units[index])
+            except BaseException:
+                self.adapter.failed()
+                self.streamer.drop_slots()
+                raise
+            self.streamer.relearn()
+            self.plan = plan
+
+    def _begin_with(self, plan: Plan) -> None:
+        """Take over the first plan, or the largest one below it that there is memory for."""
+        while True:
+            try:
+                self.apply(plan)
+                return
+            except RuntimeError as error:
+                failure = error
+            if not out_of_memory(failure) or not self.adapter.shrink():
+                raise failure
+            let_go(failure)
+            plan = self.adapter.first()
 
     def evict(self, nbytes: int) -> int:
         """Give back at least ``nbytes`` of device memory at once, as far as resident units go; they stream from now on,
-        also when the model is computing. Returns the bytes given back, less what slots for them took."""
-        with self._forward_lock, self.streamer.lock:
+        also when the model is computing, on this thread or another. Returns the bytes given back, less what slots for them
+        took."""
+        with self.streamer.lock:
             before = self.streamer.device_bytes
             resident = [unit for unit in self.streamer.units if unit.resident is not None and not unit.active]
             slot_bytes = max((unit.nbytes for unit in resident), default=0)
@@ -328,7 +358,7 @@ class Swap:
                 left -= self.streamer.evict(unit)
                 evicted.add(unit.index)
             if evicted:
-                self._adapter.evicted()
+                self.adapter.evicted()
                 self.streamer.stream_evicted(slots, slot_bytes)
                 plan = self.plan
                 self.plan = Plan(
@@ -346,56 +376,6 @@ class Swap:
         """Device memory that the model's weights take now: beside the blocks, resident, slots."""
         return self.rest_bytes + self.streamer.device_bytes
 
-    # -- the forward -------------------------------------------------------------------------------------------------
-
-    def _root_gate(self, original: Callable) -> Callable:
-        begin, end = hide_from_compile(_plain(self._begin)), hide_from_compile(_plain(self._end))
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            begin(args, kwargs)
-            try:
-                result = original(*args, **kwargs)
-            except BaseException as error:
-                end(error)
-                raise
-            end(None)
-            return result
-
-        return marked(hide_from_compile(forward, recursive=False))
-
-    def _begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._forward_lock.acquire()
-        self._depth += 1
-        if self._depth > 1:
-            return
-        try:
-            budget = limit.budget_now(self.device, self.limit, self._outside_torch)
-            self._held = limit.held(self.device, budget)
-            self._held.__enter__()
-            self._ready()
-            self._adapter.before(_elements((args, kwargs)), budget)
-            self.streamer.begin()
-        except BaseException as error:
-            self._end(error)
-            raise
-
-    def _end(self, error: BaseException | None) -> None:
-        try:
-            if self._depth == 1:
-                self.streamer.end(error is None, self._adapter.peak())
-                self._adapter.after(error is None)
-                every = self.config.empty_cache_every
-                if every and self.telemetry.forwards % every == 0 and self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-        finally:
-            self._depth -= 1
-            if self._depth == 0 and self._held is not None:
-                held, self._held = self._held, None
-                held.__exit__(None, None, None)
-            self._forward_lock.release()
-        if isinstance(error, torch.OutOfMemoryError):
-            raise self._adapter.explain(error) from error
-
 
 def _plain(method: Callable) -> Callable:
     """A bound method as a function, which takes attributes."""
@@ -412,14 +392,3 @@ def _call(function: Callable[[int], None], index: int) -> Callable[[], None]:
 
 def _layers(unit: Unit) -> range:
     return range(unit.first, unit.last)
-
-
-def _elements(values: Any) -> int:
-    """Elements of all tensors in nested arguments: what activations grow with."""
-    if isinstance(values, torch.Tensor):
-        return values.numel()
-    if isinstance(values, dict):
-        return sum(_elements(value) for value in values.values())
-    if isinstance(values, list | tuple):
-        return sum(_elements(value) for value in values)
-    return 0

@@ -44,7 +44,7 @@ class ForwardRecord:
 
     ``units`` are the spans in which units computed, ``copies`` those in which units were copied, ``arrivals`` the
     moments at which compute reached each of ``units`` and, if it was not there yet, began to wait. ``streamed_bytes``
-    counts the copies that were begun during the forward. ``peak_bytes`` is the highest memory in use during the
+    counts the copies that were begun during the forward. ``repeats``: how often it was begun again because memory ran out. ``peak_bytes`` is the highest memory in use during the
     forward as torch's allocator counts it; on a CPU that of the engine's copies of weights. ``host_seconds`` is time spent in the engine's own code.
     """
 
@@ -58,6 +58,7 @@ class ForwardRecord:
     units: tuple[Interval, ...]
     copies: tuple[Interval, ...]
     arrivals: tuple[float, ...]
+    repeats: int = 0
 
     @property
     def compute(self) -> float:
@@ -69,12 +70,14 @@ class ForwardRecord:
             f"forward {self.index}: {self.seconds * 1000:.1f} ms, of which {self.stall * 1000:.1f} ms waiting for copies; "
             f"{format_bytes(self.streamed_bytes)} streamed"
             + (f", peak {format_bytes(self.peak_bytes)} in use" if self.peak_bytes else "")
+            + (f", repeated {self.repeats} times because memory ran out" if self.repeats else "")
         )
 
 
 class _Recording:
-    def __init__(self, index: int, begin: Event) -> None:
+    def __init__(self, index: int, begin: Event, repeats: int) -> None:
         self.index = index
+        self.repeats = repeats
         self.begin = begin
         self.end: Event | None = None
         self.visits: list[Visit] = []
@@ -107,9 +110,9 @@ class Telemetry:
     def recording(self) -> bool:
         return self._open is not None
 
-    def begin(self) -> None:
-        """A forward begins on the compute stream."""
-        self._open = _Recording(self.forwards, self.link.mark(self.link.compute_stream()))
+    def begin(self, repeats: int = 0) -> None:
+        """A forward begins on the compute stream, after as many that failed."""
+        self._open = _Recording(self.forwards, self.link.mark(self.link.compute_stream()), repeats)
         self._open.copies, self._early = self._early, []
         self.forwards += 1
 
@@ -181,6 +184,7 @@ class Telemetry:
             units=tuple(units),
             copies=copies,
             arrivals=tuple(arrivals),
+            repeats=recording.repeats,
         )
 
     def clear(self) -> None:

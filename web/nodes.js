@@ -48,6 +48,7 @@ function result() {
     for (const { name, label, value } of values) {
       setText(label, say(name));
       setText(value, texts[name]);
+      setAttribute(value, "title", `${say(name)}: ${texts[name]}`);
     }
   }
 

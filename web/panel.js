@@ -116,7 +116,9 @@ function warningPart() {
     element,
     update(warning) {
       const values = { device: warning.device, share: percent(warning.share ?? 0), bytes: bytes(warning.bytes ?? 0) };
-      setText(element, say(`warn_${warning.what}`, values));
+      const text = say(`warn_${warning.what}`, values);
+      const named = !warning.several || warning.device === undefined || text.includes(warning.device);
+      setText(element, named ? text : say("onDevice", { device: warning.device, text }));
     },
   };
 }
@@ -138,7 +140,8 @@ function runPart() {
       COLUMNS.forEach(([, tell], index) => setText(cells[index], tell(run)));
       setAttribute(element, "data-prompt", run.prompt ?? "");
       const node = run.node === null ? "" : `, ${say("node", { id: run.node })}`;
-      setAttribute(element, "title", `${run.model}${node}, ${say("forwards", { count: run.figures.forwards })}`);
+      const words = [`${run.model}${node}`, run.device, say("forwards", { count: run.figures.forwards })];
+      setAttribute(element, "title", words.join(", "));
     },
   };
 }
@@ -205,7 +208,10 @@ export function livePanel({ showNode, threshold }) {
     historyTitle.hidden = ram.element.hidden = last === null;
     if (last === null) return;
     const full = threshold();
-    const due = last.warnings.filter(({ what, share }) => !what.endsWith("_full") || share >= full);
+    const several = last.devices.length > 1;
+    const due = last.warnings
+      .filter(({ what, share }) => !what.endsWith("_full") || share >= full)
+      .map((warning) => ({ ...warning, several }));
     warningList.hidden = due.length === 0;
     keep(warningList, due, (warning) => `${warning.what} ${warning.device} ${warning.model}`, warningPart);
     const shown = last.devices.filter((device) => !device.host || device.models.length > 0);

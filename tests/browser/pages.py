@@ -12,6 +12,8 @@ APP = "window.comfyAPI?.app?.app"
 OURS = ("intelligentvram", "intelligent_vram", "ivram")
 SWAP = {"max_vram_gb": 0.1, "block_size_mb": 1, "swap_mode": "adaptive", "empty_cache_freq": 0}
 WRAPPER, PLANNER = "2", "90"
+# nodes as elements of the page; front ends of older ComfyUI have an early form, which they do not offer to users
+NODES_2, NODES_2_SINCE = "Comfy.VueNodes.Enabled", (0, 4)
 
 
 def workflow(*, steps: int = 4, swapped: bool = True, planned: bool = False) -> dict[str, Any]:

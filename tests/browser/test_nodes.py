@@ -89,6 +89,16 @@ def test_a_result_is_there_again_after_the_page_was_loaded_anew(page: Panel) -> 
     assert not again.errors
 
 
+def search_opened(page: Panel) -> bool:
+    """Double click on the canvas, which a page that was just loaded may not take note of; whether one can type then."""
+    page.page.mouse.dblclick(800, 520)
+    page.page.wait_for_timeout(600)
+    box = page.page.locator(".comfy-vue-node-search-container input")
+    if box.count():  # an older front end, which does not always give it the focus
+        box.first.click()
+    return page.script("return document.activeElement.matches('input')")
+
+
 def test_each_node_is_found_by_search_and_added(page: Panel) -> None:
     """As a user does: double click on the canvas, type what it is called, press Enter."""
     ours = {
@@ -99,13 +109,10 @@ def test_each_node_is_found_by_search_and_added(page: Panel) -> None:
     assert len(ours) == 8
     for name, called in ours.items():
         page.script("app.graph.clear()")
-        page.page.mouse.dblclick(800, 520)
-        page.page.wait_for_timeout(400)
-        box = page.page.locator(".comfy-vue-node-search-container input")
-        if box.count():  # an older front end, which does not always give it the focus
-            box.first.click()
+        page.until(lambda: search_opened(page))
         page.page.keyboard.type(called.removesuffix(" (Intelligent VRAM)"), delay=5)
-        page.page.wait_for_timeout(700)
+        page.until(lambda called=called: called in page.script("return document.body.innerText"))
+        page.page.wait_for_timeout(300)
         page.page.keyboard.press("Enter")
         page.page.wait_for_timeout(300)
         page.page.mouse.click(800, 520)  # newer front ends let the node follow the pointer until it is put down

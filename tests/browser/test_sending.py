@@ -1,6 +1,7 @@
 """How often the panel is told, and what it is warned of, without a browser and without ComfyUI."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ DEVICE = {"device": "cuda:0", "host": False, "total": 100, "free": 50, "others":
 
 
 class Model(torch.nn.Module):
-    """Blocks that take a while."""
+    """Blocks that take a while, in which something else may be done."""
+
+    meanwhile: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,6 +29,7 @@ class Model(torch.nn.Module):
         for block in self.blocks:
             x = block(x)
         time.sleep(0.005)
+        self.meanwhile()
         return x
 
 
@@ -84,3 +88,46 @@ def test_warnings_name_what_matters(ram: dict, device: dict, model: dict, expect
     models: list[dict[str, Any]] = [{"number": 1, "unlocked": 0, "figures": FIGURES, **model}]
     found = live.warnings({**RAM, **ram}, [{**DEVICE, **device, "models": models}])
     assert {warning["what"] for warning in found} == expected
+
+
+def test_models_on_two_devices_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two names of the CPU stand for two cards."""
+    monkeypatch.setattr("intelligent_vram.vram.swap.resolve", torch.device)
+    swaps = [attach(Model(), SwapConfig(streamed_blocks=count), name) for count, name in ((2, "cpu"), (6, "cpu:0"))]
+    try:
+        for swap, node in zip(swaps, ("1", "2"), strict=True):
+            live.watch(swap, node)
+        with torch.no_grad():
+            swaps[1].root(torch.zeros(1, 256))
+        told = live.state()
+        assert [device["device"] for device in told["devices"]] == ["cpu", "cpu:0"]
+        for device, swap, node in zip(told["devices"], swaps, ("1", "2"), strict=True):
+            (model,) = device["models"]
+            assert model["node"] == node
+            assert model["planned"].count("s") == len(swap.plan.streamed)
+            assert device["resident"] == model["resident"] > 0
+            assert device["limit"] == swap.limit
+        assert [len(device["models"][0]["steps"]) for device in told["devices"]] == [0, 1]
+        assert told["ram"]["packed"] == sum(swap.packed.host_bytes for swap in swaps)
+        swaps[1].telemetry.records(wait=True)
+        live.finished(swaps[1], "prompt")
+        assert live.state()["runs"][0]["device"] == "cpu:0"
+    finally:
+        for swap in swaps:
+            swap.detach()
+
+
+def test_a_node_with_swaps_on_two_devices_shows_the_one_that_computes() -> None:
+    swaps = [attach(Model(), SwapConfig(streamed_blocks=count), "cpu") for count in (2, 6)]
+    seen: list[dict[str, Any]] = []
+    try:
+        for swap in swaps:
+            live.watch(swap, "9")
+            swap.root.meanwhile = lambda: seen.append(live.nodes()["9"])
+        with torch.no_grad():
+            for swap in (swaps[0], swaps[1], swaps[0]):
+                swap.root(torch.zeros(1, 256))
+        assert [node["strip"].count("s") for node in seen] == [2, 6, 2]
+    finally:
+        for swap in swaps:
+            swap.detach()

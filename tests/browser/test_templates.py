@@ -9,6 +9,7 @@ import io
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .. import ui_workflows as ui
 from ..host.comfy import PACK_NAME, ComfyServer
 from ..host.wanvideo import find_wrapper, why_not_loaded
 from .conftest import front_end, hosts, name
-from .pages import Panel
+from .pages import NODES_2, NODES_2_SINCE, Panel
 
 pytestmark = pytest.mark.host
 
@@ -40,6 +41,13 @@ return nodes.map((node) => ({
     pos: Array.from(node.pos),
     widgets: Object.fromEntries(
         (node.widgets ?? []).filter((w) => w.serialize !== false).map((w) => [w.name, w.value])),
+}));
+"""
+
+
+BOXES = """
+return app.graph._nodes.map(({title, pos, size}) => ({
+    title, left: pos[0], right: pos[0] + size[0], top: pos[1] - globalThis.LiteGraph.NODE_TITLE_HEIGHT, bottom: pos[1] + size[1],
 }));
 """
 
@@ -127,6 +135,30 @@ def test_it_opens_whole_and_queues_what_it_says(gallery: Panel, console: list[st
         assert not shown or entry["class_type"] == "PreviewAny"
         assert {name: value for name, value in queued[key]["inputs"].items() if name not in shown} == entry["inputs"]
     keep_thumbnail(gallery, path)
+
+
+@each
+def test_no_node_covers_another_in_nodes_2(gallery: Panel, console: list[str], path: Path) -> None:
+    """Nodes that are elements of the page are higher than those drawn on the canvas."""
+    if gallery.server.host.version < NODES_2_SINCE:
+        pytest.skip("the front end has no Nodes 2.0")
+    gallery.set(NODES_2, True)
+    try:
+        opened(gallery, ui.read(path))
+        gallery.page.wait_for_selector(".lg-node")
+        gallery.page.wait_for_timeout(1000)
+        boxes = gallery.script(BOXES)
+    finally:
+        gallery.set(NODES_2, False)
+    covered = {
+        (first["title"], second["title"])
+        for first, second in combinations(boxes, 2)
+        if all(
+            first[low] < second[high] and second[low] < first[high]
+            for low, high in (("left", "right"), ("top", "bottom"))
+        )
+    }
+    assert covered == set()
 
 
 def test_nodes_saved_without_their_last_input_open_with_its_default(gallery: Panel, console: list[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from intelligent_vram.cli.wan import WAN_14B, meta_model
-from intelligent_vram.vram import NoBlocks, SwapConfig, hardware
+from intelligent_vram.vram import NoBlocks, SwapConfig, attach, hardware
 from intelligent_vram.vram import plan as plans
 from intelligent_vram.vram.advice_report import as_json, report
 from intelligent_vram.vram.advise import (
@@ -31,7 +31,7 @@ from intelligent_vram.vram.hosts import traits
 from intelligent_vram.vram.hosts.traits import COMFY, HOSTS, WANVIDEO, tokens_of
 from intelligent_vram.vram.model_facts import read_model
 from intelligent_vram.vram.plan import LimitTooSmall, allocated
-from intelligent_vram.vram.predict import predict, work
+from intelligent_vram.vram.predict import Work, predict, work
 from intelligent_vram.vram.units import GIB, MIB, format_bytes
 
 from .models import Transformer
@@ -546,6 +546,19 @@ def test_a_model_that_is_resident_as_a_whole_streams_nothing_that_could_be_slow(
 
 
 # -- models of which little is known ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed_blocks", [None, 0, 2, 4])
+def test_layerwise_is_predicted_with_the_blocks_that_the_engine_streams(streamed_blocks):
+    model = Transformer()
+    config = SwapConfig(mode="layerwise", streamed_blocks=streamed_blocks)
+    swap = attach(model, config, "cpu")
+    try:
+        blocks = len({size.block for size in swap._sizes if size.block is not None})
+        amount = Work((0.1,) * blocks, 0.01, MIB, MIB, 0)
+        assert predict(swap._sizes, config, GIB, amount, 0, 1e9, 0).plan == swap.plan
+    finally:
+        swap.detach()
 
 
 def test_of_no_model_and_of_an_unknown_family_nothing_is_predicted(tmp_path):

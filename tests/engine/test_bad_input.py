@@ -436,20 +436,34 @@ class FailingAllocations:
 
 @pytest.mark.parametrize("settings", [{}, {"mode": "chunkwise", "streamed_blocks": 2}, {"streamed_blocks": 0}])
 @torch.no_grad()
-def test_an_allocation_that_fails_while_attaching_leaves_the_model_whole(settings, monkeypatch):
+def test_an_allocation_that_fails_while_attaching_is_lived_with(settings, monkeypatch):
     model, x = build("tables around children"), inputs()
     wanted, before, weights = model(x), fingerprint(model), contents(model)
     counted = FailingAllocations(monkeypatch, first=1 << 30)
     attach_small(model, **settings).detach()
     assert counted.calls > 1
     for number in range(1, counted.calls + 1):
-        with monkeypatch.context() as patch:
-            FailingAllocations(patch, number)
-            with pytest.raises(torch.OutOfMemoryError, match="no room"):
-                attach_small(model, **settings)
-        assert is_whole(model, before, weights, x, wanted)
-    attach_small(model, **settings)
+        for count in (1, 2):
+            with monkeypatch.context() as patch:
+                FailingAllocations(patch, number, count)
+                swap = attach_small(model, **settings)
+            assert torch.equal(model(x), wanted)
+            swap.detach()
+            assert is_whole(model, before, weights, x, wanted)
+
+
+@torch.no_grad()
+def test_where_nothing_can_be_allocated_the_forward_says_so_and_the_model_is_whole(monkeypatch):
+    model, x = build("tables around children"), inputs()
+    wanted, before, weights = model(x), fingerprint(model), contents(model)
+    with monkeypatch.context() as patch:
+        FailingAllocations(patch, 1, 1 << 30)
+        swap = attach_small(model)
+        with pytest.raises(torch.OutOfMemoryError, match="max_vram_gb"):
+            model(x)
     assert torch.equal(model(x), wanted)
+    swap.detach()
+    assert is_whole(model, before, weights, x, wanted)
 
 
 @pytest.mark.parametrize("mode", MODES)

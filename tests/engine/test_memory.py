@@ -149,7 +149,7 @@ def test_the_limit_counts_what_the_process_holds_outside_torch():
 
 
 def test_other_programs_lower_what_is_left_of_the_limit():
-    assert limit.torch_budget(20 * GIB, card(device_free=2 * GIB)) == 5 * GIB - limit.SAFETY // 2
+    assert limit.torch_budget(20 * GIB, card(device_free=2 * GIB)) == 5 * GIB - limit.SPILLS
 
 
 @given(st.integers(1, 64 * GIB), st.integers(0, 24 * GIB), st.integers(0, 24 * GIB))

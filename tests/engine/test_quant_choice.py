@@ -1,14 +1,16 @@
 """A host gets a quantization that it reads: the one that was asked for, or the nearest, with the reason."""
 
 import pytest
-from intelligent_vram.vram.hosts.quant_choice import ALGORITHMS, COMFY_QUANT, E4M3, INT8, SCALED_FP8, Reads, choose
+from intelligent_vram.quant.formats import FORMATS
+from intelligent_vram.vram.hosts.quant_choice import COMFY_QUANT, E4M3, INT8, SCALED_FP8, Reads, choose
 
+ALGORITHMS = {name: format.comfy for name, format in FORMATS.items()}
 ALL = Reads(frozenset(ALGORITHMS.values()), convrot=True, scaled=False)
 
 
 @pytest.mark.parametrize("quantization", ALGORITHMS)
 def test_a_host_that_reads_all_gets_what_was_asked_for(quantization: str) -> None:
-    choice = choose(quantization, ALL)
+    choice = choose(quantization, ALGORITHMS, ALL)
     assert (choice.quantization, choice.layout, choice.reason) == (quantization, COMFY_QUANT, None)
 
 
@@ -24,7 +26,7 @@ def test_a_host_that_reads_all_gets_what_was_asked_for(quantization: str) -> Non
 def test_what_a_host_does_not_read_becomes_the_nearest_that_it_does(
     quantization: str, known: Reads, chosen: str
 ) -> None:
-    choice = choose(quantization, known)
+    choice = choose(quantization, ALGORITHMS, known)
     assert (choice.quantization, choice.layout) == (chosen, COMFY_QUANT)
     assert choice.reason is not None
     assert f"does not read {quantization}: {chosen} is used instead" in choice.reason
@@ -32,7 +34,7 @@ def test_what_a_host_does_not_read_becomes_the_nearest_that_it_does(
 
 @pytest.mark.parametrize("quantization", ALGORITHMS)
 def test_an_old_host_gets_fp8_in_its_own_layout(quantization: str) -> None:
-    choice = choose(quantization, Reads(frozenset(), convrot=False, scaled=True))
+    choice = choose(quantization, ALGORITHMS, Reads(frozenset(), convrot=False, scaled=True))
     assert (choice.quantization, choice.layout) == ("fp8_e4m3fn", SCALED_FP8)
     assert (choice.reason is None) == (quantization == "fp8_e4m3fn")
 
@@ -40,4 +42,4 @@ def test_an_old_host_gets_fp8_in_its_own_layout(quantization: str) -> None:
 @pytest.mark.parametrize("known", [Reads(frozenset(), False, False), Reads(frozenset({"nvfp4"}), False, False)])
 def test_a_host_that_reads_nothing_of_this_is_refused(known: Reads) -> None:
     with pytest.raises(ValueError, match="update ComfyUI"):
-        choose("int8", known)
+        choose("int8", ALGORITHMS, known)

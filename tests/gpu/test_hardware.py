@@ -90,7 +90,6 @@ def test_copies_are_as_fast_as_torchs_own_page_locked_memory(here: hardware.Hard
     assert 0.6 < here.to_device / there < 1.6
     assert 0.6 < here.to_host / back < 1.6
     assert 0.6 < device.host_to_device_bandwidth(torch.device("cuda")) / there < 1.6
-    assert 0.6 < device.device_to_host_bandwidth(torch.device("cuda")) / back < 1.6
 
 
 def test_products_are_as_fast_as_a_larger_one(here: hardware.Hardware) -> None:

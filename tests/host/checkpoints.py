@@ -51,16 +51,18 @@ def write_wan(
     ffn_dim: int = 512,
     blocks: int = 6,
     vace_blocks: int = 0,
+    image_channels: int = 0,
     text_dim: int = 4096,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> Path:
-    """Write a Wan 2.1 text-to-video model; with `vace_blocks`, a Wan VACE model. Returns the path.
+    """Write a Wan 2.1 text-to-video model; with `vace_blocks`, a Wan VACE model; with `image_channels`, of which Wan 2.2 has
+    20, one that takes so many channels of an image and its mask beside the latent. Returns the path.
 
     ComfyUI makes `dim // 128` heads of it. `blocks` must be a multiple of `vace_blocks`.
     """
     weights = _Weights(seed, dtype)
-    weights.layer("patch_embedding", dim, LATENT_CHANNELS, 1, 2, 2)
+    weights.layer("patch_embedding", dim, LATENT_CHANNELS + image_channels, 1, 2, 2)
     weights.layer("text_embedding.0", dim, text_dim)
     weights.layer("text_embedding.2", dim, dim)
     weights.layer("time_embedding.0", dim, FREQUENCY_DIM)
@@ -89,6 +91,65 @@ def _wan_block(weights: _Weights, block: str, dim: int, ffn_dim: int) -> None:
     weights.norm(f"{block}.norm3", dim, bias=True)
     weights.layer(f"{block}.ffn.0", ffn_dim, dim)
     weights.layer(f"{block}.ffn.2", dim, ffn_dim)
+
+
+def write_wan_vae(path: Path, *, width: int = 24, seed: int = 0) -> Path:
+    """Write a Wan 2.1 VAE in fp32. Returns the path.
+
+    The real one has a width of 96, which older ComfyUI take for granted. Others read it from the file, and WanVideoWrapper
+    knows 24 as a pruned one.
+    """
+    weights = _Weights(seed, torch.float32)
+    widths = [width, 2 * width, 4 * width, 4 * width]
+    weights.layer("encoder.conv1", width, 3, 3, 3, 3)
+    _vae_stages(weights, "encoder.downsamples", width, widths, "down", blocks=2)
+    _vae_ends(weights, "encoder", widths[-1], widths[-1], 2 * LATENT_CHANNELS)
+    weights.layer("conv1", 2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS, 1, 1, 1)
+    weights.layer("conv2", LATENT_CHANNELS, LATENT_CHANNELS, 1, 1, 1)
+    weights.layer("decoder.conv1", widths[-1], LATENT_CHANNELS, 3, 3, 3)
+    _vae_stages(weights, "decoder.upsamples", widths[-1], widths[::-1], "up", blocks=3)
+    _vae_ends(weights, "decoder", widths[-1], width, 3)
+    return weights.save(path)
+
+
+def _vae_stages(
+    weights: _Weights, name: str, width: int, widths: Sequence[int], direction: str, *, blocks: int
+) -> None:
+    """Stages of a number of blocks each, between which the picture becomes smaller, or larger, and in two of three
+    cases the time too."""
+    index = 0
+    for stage, after in enumerate(widths):
+        for _ in range(blocks):
+            _vae_block(weights, f"{name}.{index}", width, after)
+            width, index = after, index + 1
+        if stage == len(widths) - 1:
+            return
+        resized = after if direction == "down" else after // 2
+        weights.layer(f"{name}.{index}.resample.1", resized, after, 3, 3)
+        if direction == "down" and stage > 0:
+            weights.layer(f"{name}.{index}.time_conv", after, after, 3, 1, 1)
+        elif direction == "up" and stage < 2:
+            weights.layer(f"{name}.{index}.time_conv", 2 * after, after, 3, 1, 1)
+        width, index = resized, index + 1
+
+
+def _vae_block(weights: _Weights, name: str, before: int, after: int) -> None:
+    for norm, convolution, width in ((0, 2, before), (3, 6, after)):
+        weights.random(f"{name}.residual.{norm}.gamma", width, 1, 1, 1, std=0.05, mean=1.0)
+        weights.layer(f"{name}.residual.{convolution}", after, width, 3, 3, 3)
+    if before != after:
+        weights.layer(f"{name}.shortcut", after, before, 1, 1, 1)
+
+
+def _vae_ends(weights: _Weights, name: str, middle: int, last: int, channels: int) -> None:
+    """The blocks in the middle of an encoder or decoder, with attention between them, and its last layers."""
+    for index in (0, 2):
+        _vae_block(weights, f"{name}.middle.{index}", middle, middle)
+    weights.random(f"{name}.middle.1.norm.gamma", middle, 1, 1, std=0.05, mean=1.0)
+    weights.layer(f"{name}.middle.1.to_qkv", 3 * middle, middle, 1, 1)
+    weights.layer(f"{name}.middle.1.proj", middle, middle, 1, 1)
+    weights.random(f"{name}.head.0.gamma", last, 1, 1, 1, std=0.05, mean=1.0)
+    weights.layer(f"{name}.head.2", channels, last, 3, 3, 3)
 
 
 def write_hunyuan(

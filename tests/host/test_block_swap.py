@@ -182,6 +182,28 @@ def test_after_an_interrupt_in_a_block_the_next_run_is_right(comfy_server: Comfy
     assert torch.equal(latent(comfy_server, wan, between=[swap()], seed=4), expected)
 
 
+EASY_CACHE: Patch = (
+    "EasyCache",
+    {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": True},
+)
+REPEATED = "it is repeated with less"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("others", [(), (EASY_CACHE,)], ids=["alone", "with a cache that counts steps"])
+def test_a_step_in_which_memory_runs_out_is_repeated_and_the_latent_is_the_same(
+    comfy_server: ComfyServer, wan: str, mode: str, others: tuple[Patch, ...]
+) -> None:
+    expected = latent(comfy_server, wan, seed=5, steps=6, between=others)
+    start = len(comfy_server.log_text())
+    patches = [swap(mode), in_block(3, memory_at=4), *others]
+    assert torch.equal(latent(comfy_server, wan, seed=5, steps=6, between=patches), expected)
+    log = comfy_server.log_text()[start:]
+    assert log.count(REPEATED) == 1
+    assert "1 of them were repeated" in log
+    assert torch.equal(latent(comfy_server, wan, seed=6, between=[swap(mode)]), latent(comfy_server, wan, seed=6))
+
+
 def test_a_limit_that_cannot_do_is_refused_before_the_first_step(comfy_server: ComfyServer, wan: str) -> None:
     with pytest.raises(PromptFailed, match=r"smallest limit that holds its weights is [\d.]+ MiB"):
         comfy_server.run(text_to_video(wan, between=[swap(max_vram_gb=0.001)], seed=11))

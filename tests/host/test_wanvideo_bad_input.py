@@ -88,6 +88,33 @@ def test_after_an_exception_in_a_block_queue_works_again(
     assert attached(again.log)
 
 
+TEA_CACHE = (
+    "WanVideoTeaCache",
+    {
+        "rel_l1_thresh": 0.2,
+        "start_step": 1,
+        "end_step": -1,
+        "cache_device": "offload_device",
+        "use_coefficients": False,
+        "mode": "e",
+    },
+)
+
+
+@pytest.mark.parametrize("cache", [None, TEA_CACHE], ids=["alone", "with a cache that counts steps"])
+@pytest.mark.parametrize(("kind", "way"), [("plain", "between"), ("vace", "set_swap"), ("gguf", "between")])
+def test_a_forward_in_which_memory_runs_out_is_repeated_and_the_latent_is_the_same(
+    sampler: Sampler, kind: str, way: str, cache: Any
+) -> None:
+    scene = {"steps": 6, "cache": cache, "cfg": 2.0}
+    expected = sampler.reference(kind, **scene)
+    sampled = sampler.sample(kind, **with_block(by(way, swap(kind)), memory_at=4), **scene)
+    assert torch.equal(sampled.latent, expected)
+    assert sampled.log.count("it is repeated with less") == 1
+    again = sampler.sample(kind, **with_block(by(way, swap(kind))), **scene)
+    assert torch.equal(again.latent, expected)
+
+
 # -- numbers that cannot do ---------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from .checkpoints import write_lora, write_wan
 from .comfy import ComfyServer, Host, find_host
-from .workflows import Patch, saved_latent
+from .workflows import Patch, disturbance, saved_latent
 
 NAME = "ComfyUI-WanVideoWrapper"
 DIM, FFN_DIM, BLOCKS, VACE_BLOCKS = 96, 640, 30, 15
@@ -169,9 +169,9 @@ def compile_settings(**settings: Any) -> Patch:
     }
 
 
-def in_wan_block(block: int, *, raise_at: int = 0, sleep_seconds: float = 0.0) -> Patch:
-    """An exception at the nth call of a block (0: never), or a sleep at each; see TestWanVideoInBlock."""
-    return "TestWanVideoInBlock", {"block": block, "raise_at": raise_at, "sleep_seconds": sleep_seconds}
+def in_wan_block(block: int, **when: float) -> Patch:
+    """A `disturbance` of a block of a WANVIDEOMODEL."""
+    return "TestWanVideoInBlock", disturbance(block, **when)
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -189,6 +189,7 @@ def sample_video(
     merge_loras: bool = True,
     set_loras: bool = False,
     compiled: Patch | None = None,
+    cache: Patch | None = None,
     low_noise_model: str | None = None,
     extra: Mapping[str, Any] | None = None,
     vace: bool = False,
@@ -217,6 +218,7 @@ def sample_video(
         loras: files in `models/loras` with strengths, one WanVideoLoraSelect each. They go to the loader or, with
             `set_loras`, to a WanVideoSetLoRAs after it, which takes only such as are not merged.
         compiled: the node that makes the loader's WANCOMPILEARGS.
+        cache: the node that makes the sampler's CACHEARGS.
         low_noise_model: a second model, loaded and patched in the same way (ids end in ` low`), which samples the second
             half of the steps (Wan 2.2).
         extra: further nodes by id, in API format, for the others to refer to.
@@ -264,6 +266,9 @@ def sample_video(
         "riflex_freq_index": 0,
         "rope_function": "comfy",
     }
+    if cache is not None:
+        prompt["cache"] = node(cache[0], **cache[1])
+        sampler["cache_args"] = ["cache", 0]
     for suffix, file in (("", model), (" low", low_noise_model)):
         if file is None:
             continue

@@ -16,10 +16,14 @@ def lora(name: str, strength: float = 1.0) -> Patch:
     return "LoraLoaderModelOnly", {"lora_name": name, "strength_model": strength}
 
 
-def in_block(block: int, *, raise_at: int = 0, sleep_seconds: float = 0.0, block_type: str = "double_block") -> Patch:
-    """An exception at the nth call of a block (0: never), or a sleep at each; see TestRaiseInBlock."""
-    inputs = {"block_type": block_type, "block": block, "raise_at": raise_at, "sleep_seconds": sleep_seconds}
-    return "TestRaiseInBlock", inputs
+def disturbance(block: int, *, raise_at: int = 0, sleep_seconds: float = 0.0, memory_at: int = 0) -> dict[str, Any]:
+    """An exception, or an allocation that fails, at the nth call of a block (0: never), or a sleep at each; see Disturbance."""
+    return {"block": block, "raise_at": raise_at, "sleep_seconds": sleep_seconds, "memory_at": memory_at}
+
+
+def in_block(block: int, *, block_type: str = "double_block", **when: float) -> Patch:
+    """A `disturbance` of a block of a MODEL."""
+    return "TestRaiseInBlock", {"block_type": block_type, **disturbance(block, **when)}
 
 
 def text_to_video(

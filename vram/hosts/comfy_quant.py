@@ -22,7 +22,7 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..inspect_weights import FP8_MULTIPLE
+from ..inspect_weights import FP8_MULTIPLE, KITCHEN_CUDA
 from ..model_facts import SHARD
 from ..model_files import read_header
 from ..units import GIB
@@ -89,9 +89,9 @@ def remarks(formats: set[str], compute: str) -> list[str]:
     elif int8:
         found.append("compute: INT8 matrix products")
     cuda = torch.version.cuda
-    if device.type == "cuda" and cuda is not None and int(cuda.partition(".")[0]) < 13:
+    if device.type == "cuda" and cuda is not None and int(cuda.partition(".")[0]) < KITCHEN_CUDA:
         found.append(
-            f"compute: PyTorch is built for CUDA {cuda}; the fast kernels of comfy-kitchen need one for CUDA 13"
+            f"compute: PyTorch is built for CUDA {cuda}; the fast kernels of comfy-kitchen need one for CUDA {KITCHEN_CUDA}"
         )
     return found
 

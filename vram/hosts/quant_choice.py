@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 COMFY_QUANT, SCALED_FP8 = "comfy_quant", "scaled_fp8"  # layouts
 E4M3, E5M2, INT8 = "float8_e4m3fn", "float8_e5m2", "int8_tensorwise"
-# what this pack calls a quantization, and ComfyUI's name of its format
-ALGORITHMS = {"fp8_e4m3fn": E4M3, "fp8_e5m2": E5M2, "int8": INT8, "int8_convrot": INT8}
 INSTEAD = {"int8_convrot": "int8", "int8": "fp8_e4m3fn", "fp8_e5m2": "fp8_e4m3fn"}
 
 
@@ -30,8 +29,9 @@ class Choice:
     reason: str | None = None
 
 
-def choose(quantization: str, known: Reads) -> Choice:
-    """``quantization`` in the layout that a host reads, or the nearest that it does. Raises ValueError when there is none."""
+def choose(quantization: str, algorithms: Mapping[str, str], known: Reads) -> Choice:
+    """``quantization`` in the layout that a host reads, or the nearest that it does. ``algorithms``: ComfyUI's name of the
+    format of each quantization. Raises ValueError when there is none."""
     if not known.algorithms and not known.scaled:
         raise ValueError("this ComfyUI reads no quantized weights; update ComfyUI")
     if not known.algorithms:
@@ -44,10 +44,10 @@ def choose(quantization: str, known: Reads) -> Choice:
         )
     chosen = quantization
     while (
-        ALGORITHMS[chosen] not in known.algorithms or (chosen == "int8_convrot" and not known.convrot)
+        algorithms[chosen] not in known.algorithms or (chosen == "int8_convrot" and not known.convrot)
     ) and chosen in INSTEAD:
         chosen = INSTEAD[chosen]
-    if ALGORITHMS[chosen] not in known.algorithms:
+    if algorithms[chosen] not in known.algorithms:
         raise ValueError(f"this ComfyUI reads neither {quantization} nor {chosen}; update ComfyUI")
     reason = None
     if chosen != quantization:

@@ -22,14 +22,16 @@ def report(swap: Swap, since: int) -> int:
     stall = statistics.median(record.stall for record in records)
     streamed = statistics.median(record.streamed_bytes for record in records)
     peak = max(record.peak_bytes for record in records)
+    repeated = sum(record.repeats > 0 for record in records)
     log.info(
-        "block swap: %d forwards, median %.0f ms, of which %.0f ms waited for copies; %s streamed in each%s; %s",
+        "block swap: %d forwards, median %.0f ms, of which %.0f ms waited for copies; %s streamed in each%s; %s%s",
         len(records),
         seconds * 1000,
         stall * 1000,
         format_bytes(streamed),
         f", peak {format_bytes(peak)} of {format_bytes(swap.limit)}" if peak else "",
         swap.plan.describe(),
+        f"; {repeated} of them were repeated, because memory ran out" if repeated else "",
     )
     last_runs.note(swap)
     return records[-1].index + 1

@@ -6,6 +6,7 @@ from .base import TestSink, TestSlowProgress, TestTellReport, TestTellText
 
 process.end_with_parent()
 process.serve_pending_flags()
+process.serve_messages()
 process.collect_garbage_faster()
 process.log_errors_told_to_the_user()
 

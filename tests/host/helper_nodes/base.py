@@ -144,13 +144,15 @@ class Probe(EveryPrompt):
 
 
 class Disturbance:
-    """Sleeps each time it is called, and raises at call `raise_at` (0: never). Each call is a line in the log."""
+    """Sleeps each time it is called, raises at call `raise_at` and has an allocation fail at call `memory_at` (0: never). Each
+    call is a line in the log."""
 
-    def __init__(self, node: str, place: str, raise_at: int, sleep_seconds: float) -> None:
+    def __init__(self, node: str, place: str, raise_at: int, sleep_seconds: float, memory_at: int = 0) -> None:
         self.node = node
         self.place = place
         self.raise_at = raise_at
         self.sleep_seconds = sleep_seconds
+        self.memory_at = memory_at
         self.calls = 0
 
     def __call__(self) -> None:
@@ -159,6 +161,8 @@ class Disturbance:
         time.sleep(self.sleep_seconds)
         if self.calls == self.raise_at:
             raise RuntimeError(f"{self.node}: {self.place} raises at call {self.calls}")
+        if self.calls == self.memory_at:
+            raise torch.OutOfMemoryError(f"{self.node}: an allocation fails in {self.place} at call {self.calls}")
 
     @staticmethod
     def inputs() -> dict:
@@ -167,6 +171,7 @@ class Disturbance:
             "block": ("INT", {"default": 0, "min": 0, "max": 1024}),
             "raise_at": ("INT", {"default": 1, "min": 0, "max": 1_000_000}),
             "sleep_seconds": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 60.0}),
+            "memory_at": ("INT", {"default": 0, "min": 0, "max": 1_000_000}),
         }
 
 

@@ -78,8 +78,8 @@ class TestRaiseInBlock:
         types = {"model": ("MODEL",), "block_type": (["double_block", "single_block"],)}
         return {"required": {**types, **Disturbance.inputs()}}
 
-    def patch(self, model, block_type: str, block: int, raise_at: int, sleep_seconds: float) -> tuple:
-        disturb = Disturbance("TestRaiseInBlock", f"{block_type} {block}", raise_at, sleep_seconds)
+    def patch(self, model, block_type: str, block: int, **when: float) -> tuple:
+        disturb = Disturbance("TestRaiseInBlock", f"{block_type} {block}", **when)
 
         def replacement(args: dict, extra: dict) -> dict:
             disturb()

@@ -29,6 +29,16 @@ def serve_pending_flags() -> None:
         return web.json_response(PromptServer.instance.prompt_queue.get_flags(reset=False))
 
 
+def serve_messages() -> None:
+    """`/helper_nodes/tell`: send all pages a message over ComfyUI's websocket, as a pack does."""
+
+    @PromptServer.instance.routes.post("/helper_nodes/tell")
+    async def tell(request: web.Request) -> web.Response:
+        body = await request.json()
+        PromptServer.instance.send_sync(body["event"], body["data"])
+        return web.json_response({})
+
+
 def collect_garbage_faster() -> None:
     """Let garbage collection pass by what custom nodes and ComfyUI have imported when all of them are loaded.
 

@@ -118,13 +118,15 @@ class TestWanVideoInBlock(EveryPrompt):
     def INPUT_TYPES(cls) -> dict:
         return {"required": {"model": ("WANVIDEOMODEL",), **Disturbance.inputs()}}
 
-    def patch(self, model, block: int, raise_at: int, sleep_seconds: float) -> tuple:
+    def patch(self, model, block: int, **when: float) -> tuple:
         transformer = model.model.diffusion_model
-        disturb = Disturbance("TestWanVideoInBlock", f"block {block}", raise_at, sleep_seconds)
+        disturb = Disturbance("TestWanVideoInBlock", f"block {block}", **when)
 
         def hook(module: torch.nn.Module, args: tuple) -> None:
             try:
                 disturb()
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:
                 transformer.__dict__.pop("test_hook").remove()
                 raise
