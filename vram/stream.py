@@ -152,7 +152,7 @@ class Streamer:
             try:
                 part()
             except Exception as error:
-                log.warning("block swap is taken off, although the device does not answer: %s", error)
+                log.warning("block swap is taken off, although the device does not answer: %s", str(error))
         self.telemetry.clear()
         self.units, self._unit_of, self.order = [], [], Order()
 
@@ -210,7 +210,7 @@ class Streamer:
             except Exception as error:
                 if completed:
                     raise
-                log.debug("the device does not answer after a forward that failed: %s", error)
+                log.debug("the device does not answer after a forward that failed: %s", str(error))
                 for unit in self.units:
                     if unit.bound and not unit.active and unit.resident is None:
                         unit.unbind()
@@ -366,7 +366,7 @@ class Streamer:
             try:
                 self.link.synchronize()
             except Exception as error:  # the device is lost, and with it whatever was under way
-                log.debug("copies cannot be waited for: %s", error)
+                log.debug("copies cannot be waited for: %s", str(error))
 
     def _issue_staged(self, pieces: list[Piece], slot: Slot, load: Load, copy: Copy) -> None:
         """The same through the staging ring, whose thread does it a little later."""
@@ -428,7 +428,7 @@ class Streamer:
                 self._prefetch_slots()
         except Exception as error:
             log.log(
-                logging.DEBUG if self._failed_ahead else logging.WARNING, "a unit could not be copied ahead: %s", error
+                logging.DEBUG if self._failed_ahead else logging.WARNING, "a unit could not be copied ahead: %s", str(error)
             )
             self._failed_ahead = True
 

@@ -204,7 +204,7 @@ class Swap:
                 except Exception as error:
                     log.warning(
                         "weights that a LoRA changed could not be put back yet, and are before the next forward: %s",
-                        error,
+                        str(error),
                     )
                 raise
 
