@@ -32,10 +32,11 @@ class NoHostMemory(MemoryError):
     """The system gave no memory for a segment."""
 
 
-def _unregister(registrar: Registrar, address: int) -> None:
+def _unregister(registrar: Registrar, address: int) -> str | None:
     reason = registrar.unregister(address)
     if reason is not None:
-        log.warning("page-locked memory at %#x could not be unregistered (%s)", address, reason)
+        log.debug("page-locked memory at %#x could not be unregistered (%s)", address, reason)
+    return reason
 
 
 class HostSegment:
@@ -82,10 +83,10 @@ class HostSegment:
             log.debug("the driver refused to page-lock %s: %s", format_bytes(self.nbytes), self.refusal)
         return self.page_locked
 
-    def release(self) -> None:
-        """Undo ``page_lock``. No copy from the segment may be under way."""
-        if self._finalizer is not None:
-            self._finalizer()
+    def release(self) -> str | None:
+        """Undo ``page_lock``. No copy from the segment may be under way. Returns None, or why the driver refused: the device
+        is lost."""
+        return self._finalizer() if self._finalizer is not None else None
 
 
 def lies_as(spec: TensorSpec, source: torch.Tensor) -> bool:
@@ -143,7 +144,7 @@ class Arena:
         self.shared = shared or process_budget()
         self._holder = (lambda: None) if holder is None else weakref.ref(holder)
         self.page_locked_bytes = 0
-        self._refused = 0
+        self._refused = self._stuck = 0
         self._reason = ""
 
     def claim(self, nbytes: int, taken: int, *, new: bool = True, older_than: int | None = None) -> bool:
@@ -217,7 +218,7 @@ class Arena:
 
     def _unclaim(self, job: FillJob) -> None:
         if job.page_lock:
-            self.shared.unclaim(job.nbytes, new=True, lock=self.registrar is not None)
+            self.unclaim(job.nbytes)
 
     def _register(self, segment: HostSegment) -> None:
         """Page-lock a segment that was claimed. Where the driver refuses, once more after others gave back as much."""
@@ -239,6 +240,10 @@ class Arena:
                 self._refused += segment.nbytes
                 self.shared.unlocked(segment.nbytes)
 
+    def unclaim(self, nbytes: int) -> None:
+        """What was claimed is not wanted after all."""
+        self.shared.unclaim(nbytes, new=True, lock=self.registrar is not None)
+
     def lock(self, segment: HostSegment, older_than: int | None = None) -> bool:
         """Page-lock a filled segment that is not, if the budget affords it and the driver does not refuse; other models
         give back for it as ``HostBudget.claim`` says. True if it is page-locked."""
@@ -251,7 +256,7 @@ class Arena:
         return segment.page_locked
 
     def tell_refusals(self) -> None:
-        """Say in one line what the driver refused since the last time, and try it again from now on."""
+        """Say in a line what the driver refused since the last time, and try it again from now on."""
         if self._refused:
             log.warning(
                 "the driver refused to page-lock %s of RAM (%s); these weights stream through a small page-locked "
@@ -259,12 +264,19 @@ class Arena:
                 format_bytes(self._refused),
                 self._reason,
             )
-        self._refused, self._reason = 0, ""
+        if self._stuck:
+            log.warning(
+                "the driver did not take back %s of page-locked RAM (%s)", format_bytes(self._stuck), self._reason
+            )
+        self._refused, self._stuck, self._reason = 0, 0, ""
 
     def drop(self, segment: HostSegment) -> None:
         """Give a segment's page-locked memory back to the system's pageable memory."""
         if segment.page_locked:
-            segment.release()
+            reason = segment.release()
             with self.shared.lock:
+                if reason is not None:
+                    self._stuck += segment.nbytes
+                    self._reason = reason
                 self.page_locked_bytes -= segment.nbytes
                 self.shared.unlocked(segment.nbytes)

@@ -210,13 +210,19 @@ class PackedModel:
         planned: list[_Segment] = []
         jobs: list[FillJob] = []
         taken = self.host_bytes  # all that was packed before is page-locked again, or will be
-        for segment, here, needed in waiting:
-            fits = self.arena.claim(segment.nbytes, taken)
-            if fits or needed:
-                taken += segment.nbytes
-                planned.append(segment)
-                fill = self._filler(segment, patches)
-                jobs.append(FillJob(segment.nbytes, fill, fits, on_calling_thread=here, optional=not needed))
+        try:
+            for segment, here, needed in waiting:
+                fits = self.arena.claim(segment.nbytes, taken)
+                if fits or needed:
+                    taken += segment.nbytes
+                    planned.append(segment)
+                    fill = self._filler(segment, patches)
+                    jobs.append(FillJob(segment.nbytes, fill, fits, on_calling_thread=here, optional=not needed))
+        except BaseException:
+            for job in jobs:
+                if job.page_lock:
+                    self.arena.unclaim(job.nbytes)
+            raise
         total, done, written = sum(segment.nbytes for segment in planned), 0, 0
 
         def finished(index: int, host: HostSegment | None) -> None:
@@ -492,3 +498,4 @@ class PackedModel:
             for segment in self._segments:
                 if segment.host is not None:
                     self.arena.drop(segment.host)
+            self.arena.tell_refusals()
