@@ -428,7 +428,9 @@ class Streamer:
                 self._prefetch_slots()
         except Exception as error:
             log.log(
-                logging.DEBUG if self._failed_ahead else logging.WARNING, "a unit could not be copied ahead: %s", str(error)
+                logging.DEBUG if self._failed_ahead else logging.WARNING,
+                "a unit could not be copied ahead: %s",
+                str(error),
             )
             self._failed_ahead = True
 

@@ -139,7 +139,7 @@ def test_patched_weights_without_memory_are_an_error_that_says_so(monkeypatch, s
     before = contents(model)
     with monkeypatch.context() as patch:
         patch.setattr("intelligent_vram.vram.arena.mmap", Full(3, OSError(12, "Cannot allocate memory")))
-        with pytest.raises(NoHostMemory, match="no .* of RAM left for weights"):
+        with pytest.raises(NoHostMemory, match=r"no .* of RAM left for weights"):
             attach_locked(model, registrar := Registrar(), shared, patches=adding(0.5, "weight"))
         assert registrar.ranges == {}
     assert whole(model, before)
@@ -398,7 +398,7 @@ def test_a_file_shorter_than_its_header_says_is_refused_when_it_is_loaded(tmp_pa
     path = tmp_path / "model.safetensors"
     save_file(build(NAME).state_dict(), path)
     os.truncate(path, path.stat().st_size - 5)
-    with pytest.raises(SafetensorError, match="incomplete|not fully covered"):
+    with pytest.raises(SafetensorError, match=r"incomplete|not fully covered"):
         load_file(path)
 
 
