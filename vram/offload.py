@@ -6,12 +6,15 @@ RAM that the system cannot have back. When the model is detached the copies are 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from .units import MIB
+
+log = logging.getLogger(__name__)
 
 LEAVE_FREE = 512 * MIB  # of the card, for its driver and for whoever shows pictures on it
 
@@ -40,6 +43,14 @@ class OffloadDevice:
                 return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError:
             return None
+
+    def give_back(self) -> None:
+        """Let the driver have what is free of torch's memory there. Never raises: the card may be lost."""
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                log.warning("memory of %s could not be given back: %s", self.device, error)
 
     def wait(self) -> None:
         """Until all that was written to the card is there."""

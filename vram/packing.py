@@ -398,5 +398,7 @@ class PackedModel:
     def close(self) -> None:
         """Unregister the page-locked memory, and give back another card's. The weights stay in RAM, as ordinary memory."""
         self._lender.close()
-        for segment in self._segments:
-            segment.away = None
+        if self.away_bytes:
+            for segment in self._segments:
+                segment.away = None
+            self.offload.give_back()
