@@ -96,9 +96,9 @@ def lies_as(spec: TensorSpec, source: torch.Tensor) -> bool:
 
 
 def copy_host(spec: TensorSpec, source: torch.Tensor, buffer: torch.Tensor) -> None:
-    """Copy a plain tensor into its place in ``buffer`` without holding the GIL: by ``memmove`` where it lies in host
-    memory as ``spec`` says, else by ``Tensor.copy_``."""
-    if lies_as(spec, source):
+    """Copy a plain tensor into its place in ``buffer`` without holding the GIL: by ``memmove`` where both lie in host
+    memory and the tensor as ``spec`` says, else by ``Tensor.copy_``."""
+    if buffer.device.type == "cpu" and lies_as(spec, source):
         ctypes.memmove(buffer.data_ptr() + spec.offset, source.data_ptr(), spec.nbytes)
     else:
         spec.view(buffer).copy_(source)
@@ -123,8 +123,7 @@ class Arena:
     """Segments of host memory for one attached model, filled by a few threads, and page-locked as far as the process'
     budget goes. ``budget``: bytes that the user grants to this model, instead of what is free in RAM.
 
-    ``registrar`` page-locks (None: nothing has to be, as on a CPU), ``shared`` is the budget of the process, ``holder``
-    who does not give back for its own sake.
+    ``registrar`` page-locks (None: nothing has to be, as on a CPU), ``shared`` is the budget of the process.
     """
 
     def __init__(
@@ -135,17 +134,25 @@ class Arena:
         *,
         registrar: Registrar | None = None,
         shared: HostBudget | None = None,
-        holder: Holder | None = None,
     ) -> None:
         self.device = device
         self.budget = budget
         self.threads = threads or max(1, min(FILL_THREADS, os.cpu_count() or 1))
         self.registrar = registrar or registrar_for(device)
         self.shared = shared or process_budget()
-        self._holder = (lambda: None) if holder is None else weakref.ref(holder)
+        self._holder: Callable[[], Holder | None] = lambda: None
         self.page_locked_bytes = 0
         self._refused = self._stuck = 0
         self._reason = ""
+
+    @property
+    def holder(self) -> Holder | None:
+        """Who does not give back for its own sake."""
+        return self._holder()
+
+    @holder.setter
+    def holder(self, holder: Holder) -> None:
+        self._holder = weakref.ref(holder)
 
     def claim(self, nbytes: int, taken: int, *, new: bool = True, older_than: int | None = None) -> bool:
         """Whether ``nbytes`` more may be packed (``new``) and page-locked, where this model has ``taken``. They are then
@@ -156,7 +163,7 @@ class Arena:
             return False
         return self.shared.claim(
             nbytes,
-            self._holder(),
+            self.holder,
             new=new,
             lock=self.registrar is not None,
             insist=self.budget is not None,
@@ -224,7 +231,7 @@ class Arena:
         """Page-lock a segment that was claimed. Where the driver refuses, once more after others gave back as much."""
         if self._refused or segment.page_lock(self.registrar) or self.registrar is None or not segment.nbytes:
             return
-        if self.shared.take(segment.nbytes, self._holder()) and segment.page_lock(self.registrar):
+        if self.shared.take(segment.nbytes, self.holder) and segment.page_lock(self.registrar):
             return
         with self.shared.lock:
             self._reason = self._reason or segment.refusal or ""

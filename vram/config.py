@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from .plan import MODES
@@ -22,6 +23,8 @@ class SwapConfig:
     streamed_blocks: stream exactly so many blocks, spread evenly, the others resident, instead of planning by max_vram.
     slots: number of slots instead of the planned one.
     host_budget: RAM that may be page-locked; None: what leaves the system 4 GiB or 10%, whichever is more.
+    offload_device: where streamed weights wait: None or "cpu", RAM; "cuda:1", that card's memory as far as it has room, with the
+        rest in RAM. It must not be the card that computes.
     block_names: names or paths of the module lists that hold blocks; None: those that are known.
     """
 
@@ -33,6 +36,7 @@ class SwapConfig:
     slots: int | None = None
     host_budget: int | None = None
     block_names: tuple[str, ...] | None = None
+    offload_device: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -50,6 +54,9 @@ class SwapConfig:
         names = self.block_names
         if names is not None and not (isinstance(names, tuple) and names and all(isinstance(n, str) for n in names)):
             raise ValueError(f"block_names is {names!r}; it must be a tuple of names or None")
+        away = self.offload_device
+        if away is not None and not (isinstance(away, str) and re.fullmatch(r"cpu|cuda:\d{1,2}", away, re.ASCII)):
+            raise ValueError(f"offload_device is {away!r}; it must be 'cpu' (RAM) or another card, such as 'cuda:1'")
 
     @classmethod
     def from_user(

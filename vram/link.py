@@ -112,6 +112,7 @@ class CudaLink(Link):
         self.stream = torch.cuda.Stream(device)
         self._index = device.index
         self._streams = threading.local()
+        self._others: dict[torch.device, torch.cuda.Stream] = {}
 
     def compute_stream(self) -> torch.cuda.Stream:
         stream = self._streams.current = torch.cuda.current_stream(self._index)
@@ -127,6 +128,9 @@ class CudaLink(Link):
         torch.cuda.empty_cache()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if source.is_cuda:
+            self._copy_between(target, source)
+            return
         if torch.cuda.current_device() != self._index:
             with torch.cuda.stream(self.stream):
                 target.copy_(source, non_blocking=True)
@@ -138,6 +142,16 @@ class CudaLink(Link):
             target.copy_(source, non_blocking=True)
         finally:
             torch.cuda.set_stream(before)
+
+    def _copy_between(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """From another card: torch runs such a copy on the source card's current stream, between two barriers with the current
+        stream of the target card (aten/src/ATen/native/cuda/Copy.cu). Both are streams of our own, so that it waits for
+        nobody's compute, and events on ``stream`` order it as they order copies from RAM."""
+        other = self._others.get(source.device)
+        if other is None:
+            other = self._others[source.device] = torch.cuda.Stream(source.device)
+        with torch.cuda.stream(other), torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
 
     def copy_waits_for(self, event: torch.cuda.Event) -> None:
         self.stream.wait_event(event)

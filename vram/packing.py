@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 
 from .arena import Arena, FillJob, HostSegment, copy_host, lies_as
-from .discover import Layer, Slotted
+from .discover import Layer
 from .host_budget import HostBudget
-from .layout import CannotPack, Entry, align, flatten, plain_tensors, plan_tensor
+from .layout import Entry, flatten, plain_tensors
+from .lending import Lender, Owner
 from .mapped_files import MappedFile, files_behind
+from .offload import OffloadDevice
 from .page_lock import Registrar
-from .plan import LayerSize, arrange
+from .plan import LayerSize
+from .segments import PackedEntry, PackedLayer, Segment, into_segments, lay_out
 from .staging import Piece
 from .units import format_bytes
 
@@ -42,51 +43,8 @@ class Patches:
 NO_PATCHES = Patches(lambda path: None, lambda path, tensor: tensor)
 
 
-@dataclass
-class PackedEntry:
-    """A weight in its segment; ``signature`` is that of the patch it was packed with."""
-
-    entry: Entry
-    inner: list[torch.Tensor]
-    signature: Hashable | None = None
-
-
-@dataclass
-class PackedLayer:
-    """A layer's place: bytes ``start`` to ``start + nbytes`` of segment number ``segment``."""
-
-    layer: Layer
-    segment: int
-    start: int
-    nbytes: int
-    entries: list[PackedEntry]
-
-
-@dataclass
-class _Segment:
-    nbytes: int
-    layers: list[PackedLayer] = field(default_factory=list)
-    host: HostSegment | None = None
-
-
 # signature of a weight that is to be packed again, whatever its patch
 _STALE = object()
-
-
-class Owner(Protocol):
-    """What streams from a packed model."""
-
-    def idle(self) -> AbstractContextManager[bool]:
-        """Whether no forward and no copy of the model is under way; none begins while inside. Does not wait for a forward:
-        it is False then."""
-
-    def sources_changed(self) -> None:
-        """``PackedModel.source`` gives other answers than before."""
-
-
-def _kind(layer: PackedLayer) -> tuple:
-    """What of a layer must be the same for another one to take its place."""
-    return layer.layer.block, tuple((id(p.entry.owner), p.entry.name, p.entry.specs) for p in layer.entries)
 
 
 def patched(path: str, tensor: torch.Tensor, patches: Patches) -> torch.Tensor:
@@ -108,7 +66,8 @@ class PackedModel:
     Nothing may be computed with them until a ``pack`` came to its end, with whatever patches: it mends what is torn.
 
     ``owner`` is what streams from it while attached: then page-locked memory is lent to other models when this one is not
-    computing, see host_budget.py. ``registrar`` and ``shared`` are the arena's.
+    computing, see lending.py. ``registrar`` and ``shared`` are the arena's. ``offload``: another card that ``pack`` copies
+    segments to, as many as it has room for, instead of RAM.
     """
 
     def __init__(
@@ -120,54 +79,24 @@ class PackedModel:
         *,
         registrar: Registrar | None = None,
         shared: HostBudget | None = None,
+        offload: OffloadDevice | None = None,
     ) -> None:
-        self.arena = Arena(device, budget, registrar=registrar, shared=shared, holder=self)
-        self.layers: list[PackedLayer] = []
-        self.left_out: list[tuple[Slotted, str]] = []
+        self.arena = Arena(device, budget, registrar=registrar, shared=shared)
+        self.offload = offload
         self.torn = False
-        self.owner: Owner | None = None
-        self.last_used = self.arena.shared.use()
-        self._segments: list[_Segment] = []
+        self.layers, self.left_out = lay_out(layers)
+        self._segments = into_segments(self.layers, segment_bytes)
         self._files: list[MappedFile] = []
-        self._lent = False
         self._lock = threading.RLock()
-        self._plan(layers, segment_bytes)
-        self.arena.shared.add(self)
+        self._lender = Lender(self.arena, self._segments, self._lock)
 
-    def _plan(self, layers: Sequence[Layer], segment_bytes: int) -> None:
-        """Give each layer its place in a segment."""
-        laid_out, self.left_out = self._lay_out(layers)
-        sizes = arrange([(packed.nbytes, packed.layer.block) for packed in laid_out], segment_bytes)
-        for packed, size in zip(laid_out, sizes, strict=True):
-            if size.segment == len(self._segments):
-                self._segments.append(_Segment(0))
-            segment = self._segments[-1]
-            packed.segment, packed.start = size.segment, segment.nbytes
-            segment.layers.append(packed)
-            segment.nbytes += packed.nbytes
-            self.layers.append(packed)
+    @property
+    def owner(self) -> Owner | None:
+        return self._lender.owner
 
-    @staticmethod
-    def _lay_out(layers: Sequence[Layer]) -> tuple[list[PackedLayer], list[tuple[Slotted, str]]]:
-        """Layers with their weights packed from offset 0 each, and what cannot be packed, with the reason."""
-        laid_out, left_out = [], []
-        for layer in layers:
-            entries, size = [], 0
-            for slotted in layer.tensors:
-                try:
-                    parts, rebuild = flatten(slotted.tensor)
-                except CannotPack as reason:
-                    left_out.append((slotted, str(reason)))
-                    continue
-                specs = []
-                for part in parts:
-                    specs.append(plan_tensor(part, size))
-                    size = align(specs[-1].offset + specs[-1].nbytes)
-                entry = Entry(slotted.path, slotted.owner, slotted.name, slotted.tensor, tuple(specs), rebuild)
-                entries.append(PackedEntry(entry, parts))
-            if entries:
-                laid_out.append(PackedLayer(layer, 0, 0, size, entries))
-        return laid_out, left_out
+    @owner.setter
+    def owner(self, owner: Owner) -> None:
+        self._lender.owner = owner
 
     @property
     def sizes(self) -> list[LayerSize]:
@@ -184,6 +113,11 @@ class PackedModel:
         """Bytes of RAM that the segments take."""
         return sum(segment.host.nbytes for segment in self._segments if segment.host is not None)
 
+    @property
+    def away_bytes(self) -> int:
+        """Bytes of another card's memory that the segments take."""
+        return sum(segment.away.numel() for segment in self._segments if segment.away is not None)
+
     def pack(self, patches: Patches = NO_PATCHES, progress: Progress | None = None) -> int:
         """Pack what is not packed yet, and repack each weight whose patch changed. Returns the bytes written.
 
@@ -195,19 +129,58 @@ class PackedModel:
             self._files = self._files_below()
             self._check_files()
             written = self._repack(patches)
-            written += self._pack_waiting(patches, progress)
+            away = self._pack_away(patches, progress)
+            written += away + self._pack_waiting(patches, progress, away)
             self._files = self._files_below()
             self.torn = False
             return written
 
-    def _pack_waiting(self, patches: Patches, progress: Progress | None) -> int:
-        """Pack segments that are not yet, as far as budget and RAM go. Returns the bytes written."""
+    def _pack_away(self, patches: Patches, progress: Progress | None) -> int:
+        """Copy segments to the other card, as far as it has room. Returns the bytes written."""
+        waiting = [segment for segment in self._segments if segment.away is None]
+        if self.offload is None or not waiting:
+            return 0
+        room, written = self.offload.room, 0
+        total = sum(segment.nbytes for segment in waiting)
+        for segment in waiting:
+            away = self.offload.empty(segment.nbytes) if segment.nbytes <= room else None
+            if away is None:
+                break
+            if segment.host is not None:
+                away.copy_(segment.host.buffer)
+                self.arena.drop(segment.host)
+            else:
+                self._filler(segment, patches)(away)
+            segment.away = away
+            self._note_patched(segment)
+            room -= segment.nbytes
+            written += segment.nbytes
+            if progress is not None:
+                progress(written, total)
+        self.offload.wait()
+        if written < total:
+            log.warning(
+                "%s of the weights stream from %s, which has no room for the other %s: these stream from RAM",
+                format_bytes(written),
+                self.offload.device,
+                format_bytes(total - written),
+            )
+        return written
+
+    def _note_patched(self, segment: Segment) -> None:
+        """A segment was filled that was not there before. Should a later one fail, its patches are ahead of the others'."""
+        if any(packed.signature is not None for layer in segment.layers for packed in layer.entries):
+            self.torn = True
+
+    def _pack_waiting(self, patches: Patches, progress: Progress | None, before: int) -> int:
+        """Pack segments that are not yet, as far as budget and RAM go. Returns the bytes written. ``progress`` is told them
+        behind ``before``."""
         waiting = [
             (segment, self._here(segment, patches), self._must_pack(segment, patches))
             for segment in self._segments
-            if segment.host is None
+            if not segment.packed
         ]
-        planned: list[_Segment] = []
+        planned: list[Segment] = []
         jobs: list[FillJob] = []
         taken = self.host_bytes  # all that was packed before is page-locked again, or will be
         try:
@@ -235,14 +208,13 @@ class PackedModel:
                     for packed in layer.entries:
                         if packed.signature is None:
                             self._adopt(packed, host, layer.start)
-                        else:
-                            self.torn = True  # should a later segment fail
+                self._note_patched(segment)
             done += segment.nbytes
             if progress is not None:
-                progress(done, total)
+                progress(before + done, before + total)
 
         self.arena.fill(jobs, finished)
-        left = sum(segment.nbytes for segment, *_ in waiting if segment.host is None)
+        left = sum(segment.nbytes for segment, *_ in waiting if not segment.packed)
         if left:
             log.warning(
                 "%s of weights do not fit the RAM that may be page-locked (%s); they stay where they are and stream "
@@ -259,14 +231,7 @@ class PackedModel:
 
     def _files_below(self) -> list[MappedFile]:
         """The files that weights lie in which are not packed."""
-        parts = [
-            part
-            for segment in self._segments
-            if segment.host is None
-            for layer in segment.layers
-            for packed in layer.entries
-            for part in packed.inner
-        ]
+        parts = [part for segment in self._segments if not segment.packed for part in segment.parts]
         return files_behind(parts) if parts else []
 
     def _check_files(self) -> None:
@@ -274,7 +239,7 @@ class PackedModel:
             file.check()
 
     @staticmethod
-    def _here(segment: _Segment, patches: Patches) -> bool:
+    def _here(segment: Segment, patches: Patches) -> bool:
         """Whether a segment has to be packed by the calling thread: weights that are patched or come from a device."""
         return any(
             patches.signature(packed.entry.path) is not None or any(part.device.type != "cpu" for part in packed.inner)
@@ -282,7 +247,7 @@ class PackedModel:
             for packed in layer.entries
         )
 
-    def _must_pack(self, segment: _Segment, patches: Patches) -> bool:
+    def _must_pack(self, segment: Segment, patches: Patches) -> bool:
         """Whether a segment cannot be streamed from where its weights are: patched, strided or on a device."""
         return self._here(segment, patches) or any(
             not lies_as(spec, part)
@@ -291,7 +256,7 @@ class PackedModel:
             for part, spec in zip(packed.inner, packed.entry.specs, strict=True)
         )
 
-    def _filler(self, segment: _Segment, patches: Patches) -> Callable[[torch.Tensor], None]:
+    def _filler(self, segment: Segment, patches: Patches) -> Callable[[torch.Tensor], None]:
         def fill(buffer: torch.Tensor) -> None:
             for layer in segment.layers:
                 for packed in layer.entries:
@@ -316,42 +281,34 @@ class PackedModel:
 
     def _repack(self, patches: Patches) -> int:
         """Bring packed segments up to date with ``patches``."""
-        written = 0
-        for segment in self._segments:
-            if segment.host is None:
-                continue
-            for layer in segment.layers:
-                buffer = segment.host.buffer[layer.start : layer.start + layer.nbytes]
-                for packed in layer.entries:
-                    signature = patches.signature(packed.entry.path)
-                    if signature == packed.signature:
-                        continue
-                    written += self._rewrite(packed, buffer, layer.start, signature, patches, segment.host)
-        return written
+        return sum(
+            self._rewrite(packed, layer, segment, signature, patches)
+            for segment in self._segments
+            if segment.packed
+            for layer in segment.layers
+            for packed in layer.entries
+            if (signature := patches.signature(packed.entry.path)) != packed.signature
+        )
 
     def _rewrite(
-        self,
-        packed: PackedEntry,
-        buffer: torch.Tensor,
-        start: int,
-        signature: Hashable | None,
-        patches: Patches,
-        host: HostSegment,
+        self, packed: PackedEntry, layer: PackedLayer, segment: Segment, signature: Hashable | None, patches: Patches
     ) -> int:
         specs = packed.entry.specs
         parts = packed.inner if signature is None else self._patched(packed, patches)
-        if packed.signature is None:
+        if packed.signature is None and segment.host is not None:
             # the original lives in the packed copy, which is about to be overwritten
             for inner in plain_tensors(packed.entry.host):
                 with torch.inference_mode(inner.is_inference()):
                     inner.data = inner.data.clone(memory_format=torch.preserve_format)
             packed.inner = flatten(packed.entry.host)[0]
         self.torn, packed.signature = True, _STALE  # should copying break off
-        for spec, part in zip(specs, parts, strict=True):
-            spec.view(buffer).copy_(part)
+        for buffer in (segment.host.buffer if segment.host is not None else None, segment.away):
+            if buffer is not None:
+                for spec, part in zip(specs, parts, strict=True):
+                    spec.view(buffer[layer.start : layer.start + layer.nbytes]).copy_(part)
         packed.signature = signature
-        if signature is None:
-            self._adopt(packed, host, start)
+        if signature is None and segment.host is not None:
+            self._adopt(packed, segment.host, layer.start)
         return sum(spec.nbytes for spec in specs)
 
     def renew(self, layers: Sequence[Layer]) -> bool:
@@ -360,10 +317,10 @@ class PackedModel:
         A weight that was moved, or replaced by another of its kind, since it was packed is packed again by the next
         ``pack``. False when too much is different for that; nothing is changed then.
         """
-        fresh, left_out = self._lay_out(layers)
+        fresh, left_out = lay_out(layers)
         if [(id(s.owner), s.name, id(s.tensor)) for s, _ in left_out] != [
             (id(s.owner), s.name, id(s.tensor)) for s, _ in self.left_out
-        ] or [_kind(layer) for layer in fresh] != [_kind(layer) for layer in self.layers]:
+        ] or [layer.kind for layer in fresh] != [layer.kind for layer in self.layers]:
             return False
         stale: list[tuple[PackedLayer, int, PackedEntry]] = []
         for mine, theirs in zip(self.layers, fresh, strict=True):
@@ -404,76 +361,23 @@ class PackedModel:
         )
 
     def page_lock(self) -> None:
-        """Page-lock again what ``close`` unregistered, as far as the budget goes; other models that are not computing give
-        back for it. To be called when the model is attached."""
-        with self._lock:
-            self.last_used = self.arena.shared.use()
-            self._lock_again(None)
-            self.arena.tell_refusals()
+        """Page-lock again what ``close`` unregistered, as far as the budget goes. To be called when the model is attached."""
+        self._lender.attached()
 
     def use(self) -> bool:
-        """A forward of the model is about to begin. What it lent to others is page-locked again where there is room, or where
-        they were last used before its own last forward. True if ``source`` changed by that. Raises FileCutOff. A few
-        microseconds where nothing was lent and all is packed."""
+        """A forward of the model is about to begin: what it lent to others comes back where it may. True if ``source``
+        changed by that. Raises FileCutOff."""
         self._check_files()
-        before, self.last_used = self.last_used, self.arena.shared.use()
-        if not self._lent:
-            return False
-        with self._lock:
-            changed = self._lock_again(before)
-            self.arena.tell_refusals()
-            return changed
-
-    def _lock_again(self, older_than: int | None) -> bool:
-        """Page-lock packed segments, the first ones first, until the budget is spent. True if any was."""
-        changed = self._lent = False
-        for segment in self._segments:
-            if segment.host is None or segment.host.page_locked:
-                continue
-            if not self.arena.lock(segment.host, older_than):
-                self._lent = True
-                break
-            changed = True
-        return changed
-
-    def give_back(self, nbytes: int) -> int:
-        """Unlock at least ``nbytes`` of page-locked memory for another model, as far as there are as many: nothing while this
-        one computes, is being attached or packed. Returns the bytes unlocked."""
-        owner = self.owner
-        if owner is None or not self.arena.page_locked_bytes or not self._lock.acquire(blocking=False):
-            return 0
-        try:
-            with owner.idle() as idle:
-                return self._unlock(nbytes, owner) if idle else 0
-        except RuntimeError as error:  # the device is lost: its copies cannot be waited for
-            log.warning("page-locked memory of a model cannot be given back: %s", error)
-            return 0
-        finally:
-            self._lock.release()
-
-    def _unlock(self, nbytes: int, owner: Owner) -> int:
-        freed = 0
-        for segment in reversed(self._segments):
-            if freed >= nbytes:
-                break
-            if segment.host is not None and segment.host.page_locked:
-                self.arena.drop(segment.host)
-                freed += segment.nbytes
-        self._lent = True
-        owner.sources_changed()
-        log.info(
-            "%s of page-locked RAM go to another model; until there is room again these weights stream through a staging "
-            "ring, which is slower",
-            format_bytes(freed),
-        )
-        return freed
+        return self._lender.use()
 
     def source(self, first: int, last: int) -> torch.Tensor | list[Piece]:
-        """Where the bytes of layers ``first`` to ``last`` (exclusive, of one segment) are: page-locked memory as one
-        tensor (where nothing is page-locked, on a CPU: packed memory), else pieces for the staging ring."""
+        """Where the bytes of layers ``first`` to ``last`` (exclusive, of one segment) are: page-locked or another card's memory
+        as one tensor (where nothing is page-locked, on a CPU: packed memory), else pieces for the staging ring."""
         segment = self._segments[self.layers[first].segment]
         begin = self.layers[first].start
         end = self.layers[last - 1].start + self.layers[last - 1].nbytes
+        if segment.away is not None:
+            return segment.away[begin:end]
         if segment.host is not None:
             span = segment.host.buffer[begin:end]
             if segment.host.page_locked or self.arena.registrar is None:
@@ -492,10 +396,9 @@ class PackedModel:
         return [(packed.entry, begin - layer.start) for layer in self.layers[first:last] for packed in layer.entries]
 
     def close(self) -> None:
-        """Unregister the page-locked memory. The weights stay in it, as ordinary memory."""
-        self.owner, self._lent = None, False
-        with self._lock:
+        """Unregister the page-locked memory, and give back another card's. The weights stay in RAM, as ordinary memory."""
+        self._lender.close()
+        if self.away_bytes:
             for segment in self._segments:
-                if segment.host is not None:
-                    self.arena.drop(segment.host)
-            self.arena.tell_refusals()
+                segment.away = None
+            self.offload.give_back()

@@ -20,6 +20,7 @@ from .forward import Forward
 from .gates import MARK, InstancePatches, gate, hide_from_compile, stay
 from .link import open_link
 from .memory import MemorySnapshot, snapshot
+from .offload import find_offload_device
 from .packing import NO_PATCHES, PackedModel, Patches, Progress
 from .plan import LimitTooSmall, Plan, Timing, Unit, single_layers, stream_all
 from .repeat import let_go, out_of_memory
@@ -119,6 +120,7 @@ class Swap:
             raise RuntimeError(
                 f"block swap is attached to {type(self.root).__name__}, or to a part of it, already; detach it first"
             )
+        offload = find_offload_device(self.config.offload_device, self.device)
         streamed, rest = sort_tensors(self.root, self.config, self.scope)
         now = limit.now_free(self.device)
         self.limit = self.config.max_vram or limit.automatic_limit(now)
@@ -127,7 +129,7 @@ class Swap:
             packed = None
         if packed is None:
             packed = PackedModel(self.device, streamed, self.config.block_size, self.config.host_budget)
-        self.packed = packed
+        self.packed, packed.offload = packed, offload
         for slotted, reason in packed.left_out:
             log.warning("%s stays resident, because it cannot be packed: %s", slotted.path, reason)
         rest += [slotted for slotted, _ in packed.left_out]

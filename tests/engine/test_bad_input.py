@@ -86,6 +86,7 @@ SENSELESS = {
     "slots": (0, 1, -2, 2.0, True, "2", 1000),
     "host_budget": (-1, 0.5, True, "1", 1 << 60),
     "block_names": ("blocks", 3, (1, 2), ()),
+    "offload_device": (1, True, "gpu", "cuda", "cuda:-1", "cuda:1000", "", ("cuda:1",)),
 }
 
 

@@ -64,7 +64,9 @@ def test_fuzzed_settings_of_block_swap_make_a_configuration_or_are_refused_by_na
             assert chosen(None, *values) == SwapConfig.from_user(*values)
 
     modes = st.sampled_from(MODES) | ANYTHING
-    others = st.dictionaries(st.sampled_from(["streamed_blocks", "slots", "host_budget", "block_names"]), ANYTHING)
+    others = st.dictionaries(
+        st.sampled_from(["streamed_blocks", "slots", "host_budget", "block_names", "offload_device"]), ANYTHING
+    )
     fuzz(check, 0.03, values=st.tuples(ANYTHING, ANYTHING, modes, ANYTHING), others=others)
 
 
@@ -75,7 +77,7 @@ def test_fuzzed_configurations_are_refused_with_a_value_error_alone():
         with contextlib.suppress(ValueError):
             SwapConfig(**values)
 
-    fuzz(check, 0.02, values=st.dictionaries(st.sampled_from([*names, "block_names"]), ANYTHING))
+    fuzz(check, 0.02, values=st.dictionaries(st.sampled_from([*names, "block_names", "offload_device"]), ANYTHING))
 
 
 # -- the plan that needs no numbers --------------------------------------------------------------------------------------
