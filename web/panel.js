@@ -115,7 +115,12 @@ function warningPart() {
   return {
     element,
     update(warning) {
-      const values = { device: warning.device, share: percent(warning.share ?? 0), bytes: bytes(warning.bytes ?? 0) };
+      const values = {
+        device: warning.device,
+        share: percent(warning.share ?? 0),
+        bytes: bytes(warning.bytes ?? 0),
+        count: warning.count,
+      };
       const text = say(`warn_${warning.what}`, values);
       const named = !warning.several || warning.device === undefined || text.includes(warning.device);
       setText(element, named ? text : say("onDevice", { device: warning.device, text }));
