@@ -18,7 +18,6 @@ from typing import Protocol
 import numpy
 import torch
 
-from .layout import align
 from .units import KIB, MIB, format_bytes
 
 CHUNK = 256 * KIB  # of 64 KiB to 1 MiB the one with nearly the smallest result and the fastest to decode
@@ -48,9 +47,14 @@ def count_of(nbytes: int, chunk: int) -> int:
     return -(-nbytes // chunk)
 
 
+def padded(nbytes: int) -> int:
+    """``nbytes`` rounded up to a multiple of ALIGNMENT."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def table_bytes(count: int) -> int:
     """Bytes of the table of ``count`` chunks."""
-    return align(4 * count, ALIGNMENT)
+    return padded(4 * count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +81,7 @@ class Chunks:
     @cached_property
     def encoded(self) -> int:
         """Bytes of the table and the encoded chunks."""
-        return align(int(self.offsets[-1] + self.sizes[-1]), ALIGNMENT) if self.count else 0
+        return padded(int(self.offsets[-1] + self.sizes[-1])) if self.count else 0
 
     @cached_property
     def plain_offsets(self) -> numpy.ndarray:
@@ -96,7 +100,7 @@ class Chunks:
 
 def read_chunks(encoded: torch.Tensor, nbytes: int, chunk: int, name: str) -> Chunks:
     """The chunks of an encoded tensor (uint8 [n] in host memory) of ``nbytes`` plain bytes. Raises Corrupt, with ``name``,
-    unless the chunks of the table fill ``encoded`` exactly: nothing outside of it is ever decoded."""
+    where its table cannot be, or says that there is more than there is: nothing outside of ``encoded`` is ever decoded."""
     if type(nbytes) is not int or type(chunk) is not int or nbytes < 0 or not 0 < chunk <= LARGEST_CHUNK:
         raise Corrupt(f"{name}: {nbytes!r:.32} bytes in chunks of {chunk!r:.32} are impossible")
     count = count_of(nbytes, chunk)
@@ -106,12 +110,10 @@ def read_chunks(encoded: torch.Tensor, nbytes: int, chunk: int, name: str) -> Ch
         raise Corrupt(f"{name}: it has {len(encoded)} bytes, fewer than the table of its {count} chunks")
     sizes = numpy.frombuffer(encoded[: 4 * count].numpy().tobytes(), "<u4").astype(numpy.int64)
     chunks = Chunks(nbytes, chunk, sizes)
-    if count and (not sizes.all() or chunks.encoded != len(encoded)):
+    if count and (not sizes.all() or chunks.encoded > len(encoded)):
         raise Corrupt(
             f"{name}: the chunks of its table take {format_bytes(chunks.encoded)}, but there are {format_bytes(len(encoded))}"
         )
-    if not count and len(encoded):
-        raise Corrupt(f"{name}: it has no elements, but {len(encoded)} bytes")
     return chunks
 
 

@@ -16,13 +16,12 @@ from functools import lru_cache
 import numpy
 import torch
 
-from .codec import ALIGNMENT, BYTES, CHUNK, E4M3, FLOAT16, Chunks, Corrupt, NoCodec, count_of, table_bytes
-from .layout import align
+from .codec import ALIGNMENT, BYTES, CHUNK, E4M3, FLOAT16, Chunks, Corrupt, NoCodec, count_of, padded, table_bytes
 from .units import MIB
 
 NAME = "nvcomp6-ans"
 MAJOR = 6
-PIECE = 32 * MIB  # plain bytes that are encoded, or decoded into host memory, at once
+PIECE = 16 * MIB  # plain bytes that are encoded, or decoded into host memory, at once
 BACKEND_CUDA = 2
 TYPE_BITS = 0xFF  # for decoding: as the encoded bytes say
 TYPES = {BYTES: 1, E4M3: 9, FLOAT16: 10}  # nvcompType_t
@@ -144,7 +143,7 @@ class NvcompCodec:
                     return None
                 for row, length in zip(rows, lengths.tolist(), strict=True):
                     target[at : at + length].copy_(row[:length], non_blocking=True)
-                    at += align(length, ALIGNMENT)
+                    at += padded(length)
                 sizes[done : done + len(lengths)] = lengths
                 done += len(lengths)
             stream.synchronize()
@@ -197,7 +196,7 @@ class _Piece:
         lib, device = codec.library, codec.device
         self._library, self._chunk, self._device = lib, chunk, device
         self._options = _CompressOptions(data_type=TYPES[kind])
-        row = align(_size(lib.nvcompBatchedANSCompressGetMaxOutputChunkSize, chunk, self._options, None), ALIGNMENT)
+        row = padded(_size(lib.nvcompBatchedANSCompressGetMaxOutputChunkSize, chunk, self._options, None))
         stream = torch.cuda.current_stream(device).cuda_stream
         room = _size(lib.nvcompBatchedANSCompressGetTempSize, count, chunk, self._options, None, count * chunk, stream)
         self._temp, self._temp_back = _uint8(room, device), _scratch(lib, count, chunk, count * chunk, device)
@@ -300,6 +299,9 @@ class NvcompBatch:
     def decode(self, encoded: torch.Tensor, target: torch.Tensor, key: object, stream: torch.cuda.Stream) -> None:
         if not self.count:
             return
+        if torch.cuda.current_device() != self._device.index:
+            with torch.cuda.device(self._device):
+                return self.decode(encoded, target, key, stream)
         addresses = self._addresses.get(key) if key is not None else None
         if addresses is None:
             with torch.cuda.stream(stream):

@@ -10,8 +10,7 @@ import zlib
 import numpy
 import torch
 
-from .codec import ALIGNMENT, CHUNK, FLOAT16, Chunks, Corrupt, count_of, table_bytes
-from .layout import align
+from .codec import CHUNK, FLOAT16, Chunks, Corrupt, count_of, padded, table_bytes
 
 NAME = "zlib-planes"
 LEVEL = 1
@@ -68,11 +67,11 @@ class ZlibCodec:
         sizes, at = [], table_bytes(count)
         for begin in range(0, len(plain), chunk):
             data = _encode(plain[begin : begin + chunk], 2 if kind == FLOAT16 else 1)
-            if at + align(len(data), ALIGNMENT) > len(room):
+            if at + padded(len(data)) > len(room):
                 return None
             room[at : at + len(data)] = data
             sizes.append(len(data))
-            at += align(len(data), ALIGNMENT)
+            at += padded(len(data))
         chunks = Chunks(len(plain), chunk, numpy.array(sizes, numpy.int64))
         chunks.write_table(target)
         return chunks

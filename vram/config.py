@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .plan import MODES
 from .units import GIB, MIB
 
+LOSSLESS = ("auto", "on", "off")
 LARGEST = 1 << 20  # GiB or MiB that a user may ask for
 DEFAULT_BLOCK_SIZE = 300 * MIB
 
@@ -23,6 +24,7 @@ class SwapConfig:
     slots: number of slots instead of the planned one.
     host_budget: RAM that may be page-locked; None: what leaves the system 4 GiB or 10%, whichever is more.
     block_names: names or paths of the module lists that hold blocks; None: those that are known.
+    lossless: whether weights are kept encoded in RAM and on the link. "auto": where that is faster, "on", "off".
     """
 
     max_vram: int | None = None
@@ -33,10 +35,13 @@ class SwapConfig:
     slots: int | None = None
     host_budget: int | None = None
     block_names: tuple[str, ...] | None = None
+    lossless: str = "auto"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"swap_mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
+        if self.lossless not in LOSSLESS:
+            raise ValueError(f"lossless is {self.lossless!r}; it must be one of {', '.join(LOSSLESS)}")
         _check("max_vram", self.max_vram, 1, 1 << 50)
         if self.block_size is None:
             raise ValueError("block_size is None; it must be a whole number")

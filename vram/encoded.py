@@ -26,6 +26,7 @@ class EncodedTensor(torch.Tensor):
     """
 
     encoded: torch.Tensor
+    ATTRIBUTES = ("encoded", "codec", "chunk", "path", "checksum")
 
     @staticmethod
     def __new__(

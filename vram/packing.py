@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 
 from .arena import Arena, FillJob, HostSegment, copy_host, lies_as
+from .coding import Coding, UnitCoding, copy_encoded, encode_part, is_encoded, parts_of, plan_encoded, unit_coding
 from .discover import Layer, Slotted
 from .host_budget import HostBudget
-from .layout import CannotPack, Entry, align, flatten, plain_tensors, plan_tensor
+from .layout import CannotPack, Entry, align, flatten, leaves, plain_tensors, plan_tensor
 from .mapped_files import MappedFile, files_behind
 from .page_lock import Registrar
 from .plan import LayerSize, arrange
@@ -53,18 +54,26 @@ class PackedEntry:
 
 @dataclass
 class PackedLayer:
-    """A layer's place: bytes ``start`` to ``start + nbytes`` of segment number ``segment``."""
+    """A layer's place: bytes ``start`` to ``start + nbytes`` of segment number ``segment``. Decoded it takes ``size`` bytes,
+    from byte ``place`` of the segment's layers decoded; for a plain one that is ``nbytes`` too."""
 
     layer: Layer
     segment: int
     start: int
     nbytes: int
     entries: list[PackedEntry]
+    place: int
+    size: int
+
+    @property
+    def is_encoded(self) -> bool:
+        return any(packed.entry.decoded is not None for packed in self.entries)
 
 
 @dataclass
 class _Segment:
     nbytes: int
+    size: int
     layers: list[PackedLayer] = field(default_factory=list)
     host: HostSegment | None = None
 
@@ -92,7 +101,7 @@ def _kind(layer: PackedLayer) -> tuple:
 def patched(path: str, tensor: torch.Tensor, patches: Patches) -> torch.Tensor:
     """The patched weight. Raises ValueError when its shape or dtype, or that of a part, is not the original's."""
     result = patches.apply(path, tensor)
-    for part, like in zip(plain_tensors(result), plain_tensors(tensor), strict=True):
+    for part, like in zip(leaves(result), leaves(tensor), strict=True):
         if part.shape != like.shape or part.dtype != like.dtype:
             raise ValueError(
                 f"the patched weight {path} is {tuple(part.shape)} {part.dtype}, not {tuple(like.shape)} {like.dtype}"
@@ -122,6 +131,7 @@ class PackedModel:
         shared: HostBudget | None = None,
     ) -> None:
         self.arena = Arena(device, budget, registrar=registrar, shared=shared, holder=self)
+        self.coding = Coding(device)
         self.layers: list[PackedLayer] = []
         self.left_out: list[tuple[Slotted, str]] = []
         self.torn = False
@@ -137,14 +147,15 @@ class PackedModel:
     def _plan(self, layers: Sequence[Layer], segment_bytes: int) -> None:
         """Give each layer its place in a segment."""
         laid_out, self.left_out = self._lay_out(layers)
-        sizes = arrange([(packed.nbytes, packed.layer.block) for packed in laid_out], segment_bytes)
+        sizes = arrange([(packed.size, packed.layer.block) for packed in laid_out], segment_bytes)
         for packed, size in zip(laid_out, sizes, strict=True):
             if size.segment == len(self._segments):
-                self._segments.append(_Segment(0))
+                self._segments.append(_Segment(0, 0))
             segment = self._segments[-1]
-            packed.segment, packed.start = size.segment, segment.nbytes
+            packed.segment, packed.start, packed.place = size.segment, segment.nbytes, segment.size
             segment.layers.append(packed)
             segment.nbytes += packed.nbytes
+            segment.size += packed.size
             self.layers.append(packed)
 
     @staticmethod
@@ -152,27 +163,40 @@ class PackedModel:
         """Layers with their weights packed from offset 0 each, and what cannot be packed, with the reason."""
         laid_out, left_out = [], []
         for layer in layers:
-            entries, size = [], 0
+            entries, nbytes, size = [], 0, 0
+            coded = any(is_encoded(leaf) for slotted in layer.tensors for leaf in leaves(slotted.tensor))
             for slotted in layer.tensors:
                 try:
-                    parts, rebuild = flatten(slotted.tensor)
+                    parts, rebuild = flatten(slotted.tensor, decode=False)
                 except CannotPack as reason:
                     left_out.append((slotted, str(reason)))
                     continue
-                specs = []
+                specs, decoded = [], []
                 for part in parts:
-                    specs.append(plan_tensor(part, size))
-                    size = align(specs[-1].offset + specs[-1].nbytes)
-                entry = Entry(slotted.path, slotted.owner, slotted.name, slotted.tensor, tuple(specs), rebuild)
-                entries.append(PackedEntry(entry, parts))
+                    specs.append(plan_encoded(part, nbytes) if is_encoded(part) else plan_tensor(part, nbytes))
+                    decoded.append(plan_tensor(part, size))
+                    nbytes, size = (align(spec[-1].offset + spec[-1].nbytes) for spec in (specs, decoded))
+                entry = Entry(
+                    slotted.path,
+                    slotted.owner,
+                    slotted.name,
+                    slotted.tensor,
+                    tuple(specs),
+                    rebuild,
+                    tuple(decoded) if coded else None,
+                )
+                entries.append(PackedEntry(entry, parts_of(slotted.tensor)))
             if entries:
-                laid_out.append(PackedLayer(layer, 0, 0, size, entries))
+                laid_out.append(PackedLayer(layer, 0, 0, nbytes, entries, 0, size))
         return laid_out, left_out
 
     @property
     def sizes(self) -> list[LayerSize]:
         """The layers as planning sees them."""
-        return [LayerSize(layer.nbytes, layer.segment, layer.layer.block) for layer in self.layers]
+        return [
+            LayerSize(layer.size, layer.segment, layer.layer.block, layer.nbytes if layer.is_encoded else 0)
+            for layer in self.layers
+        ]
 
     @property
     def packed_bytes(self) -> int:
@@ -297,10 +321,22 @@ class PackedModel:
                 for packed in layer.entries:
                     packed.signature = patches.signature(packed.entry.path)
                     parts = packed.inner if packed.signature is None else self._patched(packed, patches)
-                    for spec, part in zip(packed.entry.specs, parts, strict=True):
-                        copy_host(spec, part, buffer[layer.start : layer.start + layer.nbytes])
+                    self._write(packed, parts, buffer[layer.start : layer.start + layer.nbytes], packed.signature)
 
         return fill
+
+    def _write(
+        self, packed: PackedEntry, parts: Sequence[torch.Tensor], buffer: torch.Tensor, signature: Hashable | None
+    ) -> None:
+        """The parts of a weight into its place: as they are, encoded where it is packed encoded and they are patched."""
+        for spec, part, leaf in zip(packed.entry.specs, parts, leaves(packed.entry.host), strict=True):
+            if not is_encoded(leaf):
+                copy_host(spec, part, buffer)
+            elif signature is None:
+                leaf.verify()
+                copy_encoded(spec, part, buffer)
+            else:
+                encode_part(packed.entry.path, spec, part, leaf.chunk, buffer, self.arena.device)
 
     @staticmethod
     def _patched(packed: PackedEntry, patches: Patches) -> list[torch.Tensor]:
@@ -312,7 +348,7 @@ class PackedModel:
         for spec, inner in zip(packed.entry.specs, plain_tensors(packed.entry.host), strict=True):
             with torch.inference_mode(inner.is_inference()):
                 inner.data = spec.shifted(-start).view(host.buffer_for(inner))
-        packed.inner = flatten(packed.entry.host)[0]
+        packed.inner = parts_of(packed.entry.host)
 
     def _repack(self, patches: Patches) -> int:
         """Bring packed segments up to date with ``patches``."""
@@ -345,10 +381,9 @@ class PackedModel:
             for inner in plain_tensors(packed.entry.host):
                 with torch.inference_mode(inner.is_inference()):
                     inner.data = inner.data.clone(memory_format=torch.preserve_format)
-            packed.inner = flatten(packed.entry.host)[0]
+            packed.inner = parts_of(packed.entry.host)
         self.torn, packed.signature = True, _STALE  # should copying break off
-        for spec, part in zip(specs, parts, strict=True):
-            spec.view(buffer).copy_(part)
+        self._write(packed, parts, buffer, signature)
         packed.signature = signature
         if signature is None:
             self._adopt(packed, host, start)
@@ -480,7 +515,7 @@ class PackedModel:
                 return span
             return [Piece(span, 0, end - begin)]
         return [
-            Piece(part, layer.start - begin + spec.offset, spec.nbytes)
+            Piece(part, layer.start - begin + spec.offset, part.numel() * part.element_size())
             for layer in self.layers[first:last]
             for packed in layer.entries
             for spec, part in zip(packed.entry.specs, packed.inner, strict=True)
@@ -488,8 +523,16 @@ class PackedModel:
 
     def entries(self, first: int, last: int) -> list[tuple[Entry, int]]:
         """The weights of layers ``first`` to ``last`` with the shift that binds them to a unit's own buffer."""
-        begin = self.layers[first].start
-        return [(packed.entry, begin - layer.start) for layer in self.layers[first:last] for packed in layer.entries]
+        begin = self.layers[first].place
+        return [(packed.entry, begin - layer.place) for layer in self.layers[first:last] for packed in layer.entries]
+
+    def coding_of(self, first: int, last: int) -> UnitCoding | None:
+        """How layers ``first`` to ``last`` are decoded; None where none of them is encoded."""
+        layers = self.layers[first:last]
+        if not any(layer.is_encoded for layer in layers):
+            return None
+        buffer = getattr(self._segments[layers[0].segment].host, "buffer", None)
+        return unit_coding(layers, buffer, self.arena.device)
 
     def close(self) -> None:
         """Unregister the page-locked memory. The weights stay in it, as ordinary memory."""

@@ -95,7 +95,6 @@ def test_damaged_bytes_never_make_it_write_outside_of_its_target(data):
         (3200, 1 << 30, "impossible"),
         (3200.0, 1024, "impossible"),
         (1 << 40, 16, "fewer than the table"),
-        (0, 1024, "no elements"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_by_name(nbytes, chunk, words):
