@@ -16,6 +16,7 @@ from functools import lru_cache
 import numpy
 import torch
 
+from .arena import HostSegment
 from .codec import ALIGNMENT, BYTES, CHUNK, E4M3, FLOAT16, Chunks, Corrupt, NoCodec, count_of, padded, table_bytes
 from .units import MIB
 
@@ -126,6 +127,22 @@ class NvcompCodec:
             self._streams.own = torch.cuda.Stream(self.device)
         return self._streams.own
 
+    def _bounce(self) -> torch.Tensor:
+        """PIECE bytes of page-locked memory of the calling thread's own. Copies of other memory are slow, and the driver
+        makes one of them at a time."""
+        if not hasattr(self._streams, "bounce"):
+            self._streams.bounce = HostSegment(PIECE)
+            self._streams.bounce.page_lock(self.device)
+        return self._streams.bounce.buffer
+
+    def _page_locked(self, source: torch.Tensor) -> torch.Tensor:
+        """Up to PIECE bytes, in page-locked memory where they are in host memory. What was there before has been read."""
+        if source.is_cuda:
+            return source
+        bounce = self._bounce()[: len(source)]
+        ctypes.memmove(bounce.data_ptr(), source.data_ptr(), len(source))
+        return bounce
+
     def encode(self, source: torch.Tensor, kind: str, target: torch.Tensor, chunk: int = CHUNK) -> Chunks | None:
         nbytes = len(source)
         count = count_of(nbytes, chunk)
@@ -133,11 +150,11 @@ class NvcompCodec:
         at, done = table_bytes(count), 0
         stream = self.stream()
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.inference_mode(False), torch.cuda.device(self.device), torch.cuda.stream(stream):
+        with torch.inference_mode(), torch.cuda.device(self.device), torch.cuda.stream(stream):
             piece = _Piece(self, min(PIECE // chunk, count), chunk, kind) if count else None
             step = PIECE // chunk * chunk
             for begin in range(0, nbytes, step):
-                rows, lengths = piece.encode(source[begin : begin + step])
+                rows, lengths = piece.encode(self._page_locked(source[begin : begin + step]))
                 if at + int((-(-lengths // ALIGNMENT) * ALIGNMENT).sum()) > len(target):
                     stream.synchronize()
                     return None
@@ -153,7 +170,7 @@ class NvcompCodec:
 
     def decode(self, encoded: torch.Tensor, chunks: Chunks, target: torch.Tensor, name: str = "a tensor") -> None:
         step = PIECE // chunks.chunk
-        with torch.inference_mode(False), torch.cuda.device(self.device):
+        with torch.inference_mode(), torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device)
             for first in range(0, chunks.count, step):
                 sizes = chunks.sizes[first : first + step]
@@ -174,7 +191,8 @@ class NvcompCodec:
                 if damaged is not None:
                     raise Corrupt(f"{name}: chunk {first + damaged} of {chunks.count} is damaged")
                 if not target.is_cuda:
-                    target[start:stop].copy_(out)
+                    bounce = self._bounce()[: stop - start].copy_(out)
+                    ctypes.memmove(target.data_ptr() + start, bounce.data_ptr(), stop - start)
 
     def batch(self, parts: list[tuple[int, int, Chunks]]) -> NvcompBatch:
         def joined(arrays: list[numpy.ndarray]) -> numpy.ndarray:

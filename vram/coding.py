@@ -11,9 +11,11 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,9 +35,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+Made = list[tuple[torch.Tensor, EncodedTensor]]  # plain leaves of a layer with what they are encoded
 
 AUTO, ON, OFF = CHOICES
-WORKERS = 4  # of which each takes about 70 MiB of device memory
+WORKERS = 8  # of which each takes about 60 MiB of device memory
 SLACK = 128  # one part in so many more room than a weight takes, because it may be patched
 CLASSES = (torch.Tensor, nn.Parameter, EncodedTensor)  # whose memory can be replaced
 MEASURABLE = 4 * MIB  # bytes of a layer at which rates are measured
@@ -160,8 +163,7 @@ class Coding:
         error the model is to be given to ``decode``.
         """
         codec = self._codec(choice)
-        for leaf in foreign(layers, None if codec is None else codec.name):
-            decode_in_place(leaf)
+        decode_all(foreign(layers, None if codec is None else codec.name))
         if codec is None:
             self._encoded.clear()
             return
@@ -200,18 +202,23 @@ class Coding:
         total, done, plain, taken = sum(layer.nbytes for layer in layers), 0, 0, 0
         with ThreadPoolExecutor(workers.count, thread_name_prefix="intelligent-vram-encode") as pool:
             try:
-                # a few at a time, so that the memory of a weight is given back before many others are encoded
-                for begin in range(0, len(layers), 2 * workers.count):
-                    some = layers[begin : begin + 2 * workers.count]
-                    for layer, made in zip(some, pool.map(workers.encode, some), strict=True):
-                        before, after = sum(leaf.nbytes for leaf, _ in made), sum(len(new.encoded) for _, new in made)
-                        if made and (pays is None or pays(before, after)) and self._take(made):
-                            plain, taken = plain + before, taken + after
-                        else:
-                            self._left.add(id(layer.module))
-                        done += layer.nbytes
-                        if progress is not None:
-                            progress(done, total)
+                # a few ahead, so that the memory of a weight is given back before many others are encoded
+                running: deque[tuple[Layer, Future[Made]]] = deque()
+                waiting = iter(layers)
+                while running or done < total:
+                    for layer in islice(waiting, 2 * workers.count - len(running)):
+                        running.append((layer, pool.submit(workers.encode, layer)))
+                    layer, future = running.popleft()
+                    made = future.result()
+                    before, after = sum(leaf.nbytes for leaf, _ in made), sum(len(new.encoded) for _, new in made)
+                    if made and (pays is None or pays(before, after)) and self._take(made):
+                        plain, taken = plain + before, taken + after
+                    else:
+                        self._left.add(id(layer.module))
+                    done += layer.nbytes
+                    del future, made
+                    if progress is not None:
+                        progress(done, total)
             finally:
                 pool.shutdown(cancel_futures=True)
         seconds = time.perf_counter() - started
@@ -225,7 +232,7 @@ class Coding:
             format_bytes(total - plain),
         )
 
-    def _take(self, made: list[tuple[torch.Tensor, EncodedTensor]]) -> bool:
+    def _take(self, made: Made) -> bool:
         """Let plain tensors be the encoded ones: all of a layer, or none."""
         taken: list[tuple[torch.Tensor, torch.Tensor]] = []
         for plain, encoded in made:
@@ -240,10 +247,10 @@ class Coding:
 
     def decode(self) -> bool:
         """Let the weights that were encoded here be plain again, in host memory. Whether there were any."""
-        found = [tensor for tensor in self._encoded if is_encoded(tensor)]
-        for tensor in found:
-            decode_in_place(tensor)
+        found = list({id(tensor): tensor for tensor in self._encoded if is_encoded(tensor)}.values())
+        decode_all(found)
         self._encoded.clear()
+        self._left.clear()
         return bool(found)
 
 
@@ -251,13 +258,20 @@ def _has_plain(layer: Layer) -> bool:
     return any(not is_encoded(leaf) for slotted in layer.tensors for leaf in leaves(slotted.tensor))
 
 
-def decode_in_place(tensor: torch.Tensor) -> None:
-    """Let an encoded tensor object be the plain tensor, in host memory. Raises Corrupt, NoCodec."""
-    if is_encoded(tensor):
+def decode_all(tensors: Sequence[EncodedTensor]) -> None:
+    """Let encoded tensor objects be the plain tensors, in host memory. Raises Corrupt, NoCodec."""
+
+    def plain(tensor: EncodedTensor) -> torch.Tensor:
         with torch.inference_mode(tensor.is_inference()):
-            plain = tensor.decode()
-        if swap(tensor, plain) is None:
-            raise RuntimeError(f"{tensor.path} is in use elsewhere and cannot be decoded in place")
+            return tensor.decode()
+
+    workers = max(1, min(WORKERS, os.cpu_count() or 1))
+    with ThreadPoolExecutor(workers, thread_name_prefix="intelligent-vram-decode") as pool:
+        for begin in range(0, len(tensors), workers):
+            some = tensors[begin : begin + workers]
+            for tensor, decoded in zip(some, pool.map(plain, some), strict=True):
+                if swap(tensor, decoded) is None:
+                    raise RuntimeError(f"{tensor.path} is in use elsewhere and cannot be decoded in place")
 
 
 def foreign(layers: Sequence[Layer], codec: str | None) -> list[torch.Tensor]:
@@ -298,7 +312,7 @@ class _Workers:
         self._own = threading.local()
         self._segments: list[HostSegment] = []
 
-    def encode(self, layer: Layer) -> list[tuple[torch.Tensor, EncodedTensor]]:
+    def encode(self, layer: Layer) -> Made:
         """The plain leaves of a layer with what they are encoded; empty where that is not worth it, or cannot be. Where others
         of its weights are encoded already, all are: what lies between them in a slot would have to be copied by itself."""
         everything = [(leaf, slotted.path) for slotted in layer.tensors for leaf in leaves(slotted.tensor)]

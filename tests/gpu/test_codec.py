@@ -68,7 +68,7 @@ def weights(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tens
 
 
 def encoded(codec, plain: torch.Tensor, kind: str, chunk: int = CHUNK) -> tuple[torch.Tensor, Chunks]:
-    target = torch.zeros(2 * len(plain) + 65536, dtype=torch.uint8)
+    target = torch.zeros((2 * chunk + 1024) * (len(plain) // chunk + 1), dtype=torch.uint8)
     chunks = codec.encode(plain, kind, target, chunk)
     return target[: chunks.encoded], chunks
 
