@@ -18,6 +18,7 @@ import torch
 
 from .arena import HostSegment
 from .codec import ALIGNMENT, BYTES, CHUNK, E4M3, FLOAT16, Chunks, Corrupt, NoCodec, count_of, padded, table_bytes
+from .page_lock import registrar_for
 from .units import MIB
 
 NAME = "nvcomp6-ans"
@@ -132,7 +133,7 @@ class NvcompCodec:
         makes one of them at a time."""
         if not hasattr(self._streams, "bounce"):
             self._streams.bounce = HostSegment(PIECE)
-            self._streams.bounce.page_lock(self.device)
+            self._streams.bounce.page_lock(registrar_for(self.device))
         return self._streams.bounce.buffer
 
     def _page_locked(self, source: torch.Tensor) -> torch.Tensor:

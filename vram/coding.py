@@ -21,12 +21,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .arena import HostSegment, default_budget
+from .arena import HostSegment
 from .codec import WORTH, Batch, Codec, NoCodec, codec_for, kind_of, padded, read_chunks
 from .config import LOSSLESS as CHOICES
 from .discover import Layer
 from .encoded import EncodedTensor
+from .host_budget import process_budget
 from .layout import TensorSpec, leaves, plan_tensor
+from .mapped_files import files_behind
+from .page_lock import registrar_for
 from .units import KIB, MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -170,10 +173,12 @@ class Coding:
         rest = [layer for layer in layers if id(layer.module) not in self._left and _has_plain(layer)]
         if not rest:
             return
+        for file in files_behind([part for layer in rest for one in layer.tensors for part in parts_of(one.tensor)]):
+            file.check()
         workers = _Workers(codec, self.device)
         try:
             must = choice == ON or sum(layer.nbytes for layer in layers) > (
-                default_budget() if budget is None else budget
+                process_budget().quota() if budget is None else budget
             )
             rates = None if must else workers.measure(max(rest, key=lambda layer: layer.nbytes))
             self._encode(workers, rest, None if rates is None else rates.pays, progress)
@@ -369,7 +374,7 @@ class _Workers:
                 segment.release()
                 self._segments.remove(segment)
             segment = self._own.segment = HostSegment(nbytes)
-            segment.page_lock(self._device)
+            segment.page_lock(registrar_for(self._device))
             self._segments.append(segment)
         return segment.buffer
 
