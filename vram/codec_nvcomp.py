@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import threading
 from functools import lru_cache
 
@@ -55,6 +56,8 @@ class _Properties(ctypes.Structure):
     _fields_ = (("version", ctypes.c_uint32), ("cudart", ctypes.c_uint32))
 
 
+log = logging.getLogger(__name__)
+
 _ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 _DECODING = _DecompressOptions(backend=BACKEND_CUDA, data_type=TYPE_BITS)
 
@@ -85,6 +88,16 @@ def library() -> ctypes.CDLL:
     found.nvcompBatchedANSDecompressGetTempSize.argtypes = [s, s, _DecompressOptions, a, s, a]
     found.nvcompBatchedANSDecompressAsync.argtypes = [a, a, a, a, s, a, s, a, _DecompressOptions, a, a]
     return found
+
+
+def is_installed() -> bool:
+    """Whether nvCOMP can be used here."""
+    try:
+        library()
+    except NoCodec as reason:
+        log.debug("weights will not be encoded: %s", reason)
+        return False
+    return True
 
 
 def _check(status: int, what: str) -> None:
