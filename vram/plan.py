@@ -113,6 +113,11 @@ class Plan:
         return sum(self.units[index].link_bytes for index in self.streamed)
 
     @cached_property
+    def encoded_bytes(self) -> int:
+        """Bytes that cross the link encoded, in one forward."""
+        return sum(self.units[index].encoded for index in self.streamed)
+
+    @cached_property
     def decoded_bytes(self) -> int:
         """Bytes of the streamed units that cross the link encoded, once they are decoded."""
         return sum(self.units[index].nbytes for index in self.streamed if self.units[index].encoded)
@@ -128,7 +133,7 @@ class Plan:
 
     def describe(self) -> str:
         """One line in plain words, with numbers."""
-        coded = f", {format_bytes(self.decoded_bytes)} of them encoded" if self.decoded_bytes else ""
+        coded = f" encoded, {format_bytes(self.decoded_bytes)} decoded" if self.decoded_bytes else ""
         slots = f"{self.slots} slots of {format_bytes(self.slot_bytes)}" if self.slots else "memory on demand"
         return (
             f"{len(self.streamed)} of {len(self.units)} units streamed ({format_bytes(self.streamed_bytes)} a forward{coded}, "

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from intelligent_vram.cli.wan import WAN_14B, WanConfig, WanModel, random_model, sample_inputs
+from intelligent_vram.cli.wan import WAN_14B, WanConfig, WanModel, meta_model, random_model, sample_inputs
 from intelligent_vram.vram import Patches, SwapConfig, attach, snapshot
 from intelligent_vram.vram.codec import NoCodec, codec_for
 from intelligent_vram.vram.coding import is_encoded
@@ -48,16 +48,28 @@ def inputs() -> dict[int, tuple[torch.Tensor, ...]]:
 
 
 @pytest.fixture(scope="module")
-def expected(inputs: dict) -> dict[int, torch.Tensor]:
+def weights() -> dict[str, torch.Tensor]:
+    return random_model(CONFIG, torch.bfloat16, "cuda").cpu().state_dict()
+
+
+def model_of(weights: dict[str, torch.Tensor]) -> WanModel:
+    """A model with weights of its own."""
+    model = meta_model(CONFIG)
+    model.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
+    return model
+
+
+@pytest.fixture(scope="module")
+def expected(inputs: dict, weights: dict) -> dict[int, torch.Tensor]:
     """Outputs of the model with all weights on the GPU."""
     with torch.inference_mode():
-        model = random_model(CONFIG, torch.bfloat16).cuda()
+        model = model_of(weights).cuda()
         return {tokens: model(*args) for tokens, args in inputs.items()}
 
 
 @pytest.fixture
-def model() -> WanModel:
-    return random_model(CONFIG, torch.bfloat16)
+def model(weights: dict) -> WanModel:
+    return model_of(weights)
 
 
 def outside() -> int:
@@ -68,8 +80,7 @@ def outside() -> int:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("limit_gib", [2.2, 3.2, None])
-def test_outputs_are_the_same_to_the_bit_and_the_limit_holds(mode, limit_gib, model, inputs, expected):
-    weights = {name: weight.clone() for name, weight in model.named_parameters()}
+def test_outputs_are_the_same_to_the_bit_and_the_limit_holds(mode, limit_gib, model, weights, inputs, expected):
     limit = None if limit_gib is None else round(limit_gib * GIB) + outside()
     before = torch.cuda.memory_allocated()
     swap = attach(model, SwapConfig(mode=mode, max_vram=limit, lossless="on"), "cuda")
@@ -137,12 +148,12 @@ def test_units_that_are_given_back_in_the_middle_stream_on(model, inputs, expect
     swap.detach()
 
 
-def test_patched_weights_are_encoded_patched_and_their_originals_come_back(model, inputs, expected):
+def test_patched_weights_are_encoded_patched_and_their_originals_come_back(model, weights, inputs, expected):
     def apply(path: str, tensor: torch.Tensor) -> torch.Tensor:
         return (tensor.cuda().float() * 1.25).to(tensor.dtype)
 
     patches = Patches(lambda path: 1 if path.endswith("ffn.0.weight") else None, apply)
-    other = random_model(CONFIG, torch.bfloat16).cuda()
+    other = model_of(weights).cuda()
     for block in other.blocks:
         block.ffn[0].weight.copy_(apply("", block.ffn[0].weight))
     wanted = other(*inputs[1024])
@@ -157,13 +168,11 @@ def test_patched_weights_are_encoded_patched_and_their_originals_come_back(model
     swap.detach()
 
 
-def test_what_was_encoded_is_kept_between_runs(model, inputs, expected):
+def test_what_was_encoded_is_kept_between_runs(model, weights, inputs, expected):
     first = attach(model, EVERY, "cuda")
     packed = first.detach(keep_encoded=True)
     assert is_encoded(model.blocks[0].ffn[0].weight)
-    assert torch.equal(
-        model.blocks[0].ffn[0].weight.cuda(), random_model(CONFIG, torch.bfloat16).blocks[0].ffn[0].weight.cuda()
-    )
+    assert torch.equal(model.blocks[0].ffn[0].weight.cpu(), weights["blocks.0.ffn.0.weight"])
     swap = attach(model, EVERY, "cuda", packed=packed)
     assert swap.packed is packed
     assert swap.setup_seconds < first.setup_seconds
