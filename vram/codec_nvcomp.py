@@ -4,6 +4,9 @@ nvCOMP knows 16-bit floats and FP8 by itself: it codes the bytes that hold the e
 kernel each way, so that nothing has to be split or joined and decoding needs no memory beside its source and its target.
 Everything is queued on a stream; the host calls once for a whole unit. What the Python package nvidia-nvcomp adds (its own
 arrays, its own container) is not used. Interface: nvcomp/ans.h of the package nvidia-libnvcomp.
+
+nvCOMP trusts what it decodes, and has been seen to read outside of its buffers for damaged bytes: what comes from a file is
+compared with its checksum before (EncodedTensor.verify). That finds damage, not malice.
 """
 
 from __future__ import annotations

@@ -1,0 +1,56 @@
+"""Weights kept encoded, in a real ComfyUI and under the real WanVideoWrapper: the same latents to the bit, run after run."""
+
+import re
+
+import pytest
+import torch
+
+from .comfy import ComfyServer
+from .test_block_swap import MODES, latent
+from .test_block_swap import swap as comfy_swap
+from .test_wanvideo import by
+from .test_wanvideo import swap as wan_swap
+from .wanvideo import Sampler
+from .workflows import Patch, lora
+
+pytestmark = pytest.mark.host
+
+
+def swap(mode: str = "adaptive") -> Patch:
+    kind, inputs = comfy_swap(mode)
+    return kind, {**inputs, "lossless": "on"}
+
+
+def encodings(log: str) -> int:
+    """How often weights were encoded in a part of the log."""
+    return len(re.findall(r"weights encoded without loss in", log))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_latent_is_the_same_and_weights_are_encoded_once(comfy_server: ComfyServer, wan: str, mode: str) -> None:
+    expected = latent(comfy_server, wan, steps=4, cfg=3.0, weight_dtype="fp8_e4m3fn")
+    comfy_server.free()
+    start = len(comfy_server.log_text())
+    for seed in (0, 0, 1):
+        streamed = latent(
+            comfy_server, wan, steps=4, cfg=3.0, weight_dtype="fp8_e4m3fn", seed=seed, between=[swap(mode)]
+        )
+        assert torch.equal(streamed, expected) is (seed == 0)
+    assert encodings(comfy_server.log_text()[start:]) == 1
+    # and without the node it is the loader's model again
+    assert torch.equal(latent(comfy_server, wan, steps=4, cfg=3.0, weight_dtype="fp8_e4m3fn"), expected)
+
+
+def test_loras_count_once_with_encoded_weights_too(comfy_server: ComfyServer, wan: str, wan_lora: str) -> None:
+    for strength in (0.7, 0.3):
+        expected = latent(comfy_server, wan, between=[lora(wan_lora, strength)])
+        assert torch.equal(latent(comfy_server, wan, between=[lora(wan_lora, strength), swap()]), expected)
+
+
+@pytest.mark.parametrize("way", ["between", "swap"])
+@pytest.mark.parametrize("kind", ["plain", "vace", "fp8", "gguf"])
+def test_wanvideo_samples_the_same_run_after_run(sampler: Sampler, kind: str, way: str) -> None:
+    expected = sampler.reference(kind)
+    for _ in range(2):
+        assert torch.equal(sampler.sample(kind, **by(way, wan_swap(kind, lossless="on"))).latent, expected)
+    assert torch.equal(sampler.sample(kind).latent, expected)
