@@ -4,10 +4,12 @@ import re
 
 import pytest
 import torch
+from intelligent_vram.quant.lossless import compress_file
 
 from .comfy import ComfyServer
 from .test_block_swap import MODES, latent
 from .test_block_swap import swap as comfy_swap
+from .test_quantized import plain, sample
 from .test_wanvideo import by
 from .test_wanvideo import swap as wan_swap
 from .wanvideo import Sampler
@@ -54,3 +56,21 @@ def test_wanvideo_samples_the_same_run_after_run(sampler: Sampler, kind: str, wa
     for _ in range(2):
         assert torch.equal(sampler.sample(kind, **by(way, wan_swap(kind, lossless="on"))).latent, expected)
     assert torch.equal(sampler.sample(kind).latent, expected)
+
+
+@pytest.mark.parametrize("swap_mode", [None, "adaptive"])
+def test_an_encoded_file_is_the_same_model(comfy_server: ComfyServer, wan: str, swap_mode: str | None) -> None:
+    folder = comfy_server.models / "diffusion_models"
+    target = folder / "encoded.safetensors"
+    compress_file(folder / wan, target, torch.device("cpu"), overwrite=True)
+    try:
+        assert target.stat().st_size < 0.95 * (folder / wan).stat().st_size
+        comfy_server.object_info("QuantizedModelLoader")
+        streamed, told = sample(comfy_server, target.name, "none", swap_mode=swap_mode)
+        assert "encoded without loss" in told
+        assert torch.equal(streamed, plain(comfy_server, wan))
+        again, _ = sample(comfy_server, target.name, "none", swap_mode=swap_mode, between=[swap()])
+        assert torch.equal(again, streamed)
+    finally:
+        comfy_server.free()
+        target.unlink()
