@@ -181,7 +181,10 @@ class Coding:
                 process_budget().quota() if budget is None else budget
             )
             rates = None if must else workers.measure(max(rest, key=lambda layer: layer.nbytes))
-            self._encode(workers, rest, None if rates is None else rates.pays, progress)
+            if must or rates is not None:
+                self._encode(workers, rest, None if rates is None else rates.pays, progress)
+        except torch.OutOfMemoryError as reason:
+            log.warning("there is no device memory left to encode weights; the others stream as they are: %s", reason)
         finally:
             workers.release()
 

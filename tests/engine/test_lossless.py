@@ -5,11 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import settings
-from intelligent_vram.vram import Patches, SwapConfig, attach
+from intelligent_vram.vram import Patches, SwapConfig, attach, live_swap
 from intelligent_vram.vram.codec import CHUNK, Corrupt, NoCodec, codec_for, kind_of, room_for
 from intelligent_vram.vram.coding import is_encoded
 from intelligent_vram.vram.encoded import EncodedTensor
-from intelligent_vram.vram.plan import MODES
+from intelligent_vram.vram.model_headers import Weight
+from intelligent_vram.vram.plan import MODES, LayerSize, Timing, cut, fit, simulate, stream_all
+from intelligent_vram.vram.predict import as_encoded
+from intelligent_vram.vram.units import MIB
 from torch import nn
 
 from .models import CASES, STANDARD, build, contents, fingerprint, inputs, outputs
@@ -310,3 +313,64 @@ TestEncodedLife = EncodedLife.TestCase
 TestEncodedLife.settings = settings(max_examples=10, stateful_step_count=12)
 TestKeptLife = KeptLife.TestCase
 TestKeptLife.settings = settings(max_examples=10, stateful_step_count=12)
+
+
+# -- planning and telling ------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_counts_what_crosses_the_link_and_the_buffers_that_it_is_decoded_from():
+    plain = [LayerSize(1000 * MIB, index, index) for index in range(8)]
+    coded = [layer._replace(encoded=680 * MIB) for layer in plain]
+    timing = Timing((0.001,) * 8, 0.0, 50e9, 1e12)
+    plans = {name: fit(cut(layers, 1000 * MIB), 7000 * MIB, 2) for name, layers in (("plain", plain), ("coded", coded))}
+    for plan in plans.values():
+        assert plan.device_bytes <= 7000 * MIB
+    assert len(plans["plain"].streamed) == 3
+    assert len(plans["coded"].streamed) == 5  # two buffers of 680 MiB take the place of two units
+    assert plans["coded"].streamed_bytes == 5 * 680 * MIB
+    assert plans["coded"].decoded_bytes == 5 * 1000 * MIB
+    every = [stream_all(cut(layers, 1000 * MIB), 3) for layers in (plain, coded)]
+    before, after = (simulate(plan, timing) for plan in every)
+    assert 0.68 <= after / before < 0.7
+
+
+def test_prediction_takes_weights_by_their_dtype():
+    layers = [LayerSize(1000, 0, 0), LayerSize(2000, 1, 1)]
+    bf16 = [Weight("w", "bfloat16", (1500,), 3000), Weight("b", "float32", (2,), 8)]
+    assert [layer.link_bytes for layer in as_encoded(layers, bf16)] == [680, 1360]
+    assert as_encoded(layers, [Weight("w", "float32", (750,), 3000)]) == tuple(layers)
+
+
+@torch.no_grad()
+def test_the_panel_shows_what_was_decoded():
+    model, x = big(), torch.randn(2, 256).bfloat16()
+    swap = attach(model, replace(ON, mode="chunkwise", streamed_blocks=3, block_size=1 << 20, slots=2), "cpu")
+    for _ in range(3):
+        model(x)
+    steps = live_swap.read_steps(swap, {})
+    figures = live_swap.figures_of(swap, steps)
+    assert figures.decoded == sum(size.nbytes for size in swap.packed.sizes)
+    assert figures.encoded == figures.streamed == swap.packed.packed_bytes
+    assert figures.decoding > 0
+    swap.detach()
+
+
+@torch.no_grad()
+def test_without_device_memory_for_encoding_the_rest_streams_plain(monkeypatch, caplog):
+    codec, calls = codec_for(torch.device("cpu")), []
+    encode = codec.encode
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) > 4:
+            raise torch.OutOfMemoryError("no room")
+        return encode(*args)
+
+    monkeypatch.setattr(codec, "encode", failing)
+    model, x = big(), torch.randn(2, 256).bfloat16()
+    wanted = model(x)
+    swap = attach(model, replace(ON, mode="chunkwise", streamed_blocks=3), "cpu")
+    assert 0 < sum(layer.is_encoded for layer in swap.packed.layers) < len(swap.packed.layers)
+    assert "stream as they are" in caplog.text
+    assert torch.equal(model(x), wanted)
+    swap.detach()
