@@ -38,12 +38,24 @@ class Decoder:
         self.link = link
         self.stream = link.second_stream()
         self._buffers: list[Buffer] = []
+        self._size = 0
         self._next = 0
 
     def configure(self, nbytes: int) -> None:
-        """Make room for units of up to ``nbytes`` encoded; 0: there are none. Nothing is being decoded."""
-        self._buffers = []  # before the new ones are allocated
-        self._buffers = [Buffer(self.link.empty(nbytes), number) for number in range(BUFFERS if nbytes else 0)]
+        """Units of up to ``nbytes`` encoded are to be decoded from now on; 0: there are none. Nothing is being decoded."""
+        self._buffers, self._size = [], nbytes
+
+    def allocate(self) -> None:
+        """Allocate the buffers. Where there is no memory for one now, it is tried again when it is needed."""
+        while self._size and len(self._buffers) < BUFFERS:
+            self._add()
+
+    def release(self) -> None:
+        """Give the buffers back; they are allocated again when they are needed. Nothing is being decoded."""
+        self._buffers = []
+
+    def _add(self) -> None:
+        self._buffers.append(Buffer(self.link.empty(self._size), len(self._buffers)))
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +65,11 @@ class Decoder:
     def take(self, load: Load, staged: bool = False) -> Buffer:
         """The buffer that the next unit, with its ``load``, goes to. Its copy begins after ``free``, once that is known:
         what goes through the staging ring is queued there in order, other copies have to wait until it is."""
-        self._next = (self._next + 1) % len(self._buffers)
+        if len(self._buffers) < BUFFERS:
+            self._add()
+            self._next = len(self._buffers) - 1
+        else:
+            self._next = (self._next + 1) % BUFFERS
         buffer = self._buffers[self._next]
         if buffer.load is not None and not staged:
             buffer.load.failed()

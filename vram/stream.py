@@ -67,7 +67,7 @@ class Streamer:
         with self.lock:
             self.release_all()
             self.slots = []
-            self._decoder.configure(0)
+            self._decoder.configure(max((unit.link_bytes for unit in units if unit.coding is not None), default=0))
             self.units, self._unit_of = units, unit_of
             self.floating = slots == 0
             self._spilled = 0
@@ -77,7 +77,7 @@ class Streamer:
             self.link.trim()  # slots and resident units in memory of their own, not in splinters of the last plan's
             self._numbers = 0
             self.slots = [Slot(self.link.empty(slot_bytes), self._next_number()) for _ in range(slots)]
-            self._decoder.configure(max((unit.link_bytes for unit in units if unit.coding is not None), default=0))
+            self._decoder.allocate()
 
     def make_resident(self, unit: StreamUnit) -> None:
         """Copy a unit into device memory of its own and leave it bound. Needs ``unit.nbytes`` of device memory."""
@@ -150,7 +150,7 @@ class Streamer:
                 self.release_all()
             finally:
                 self.slots = []
-                self._decoder.configure(0)
+                self._decoder.release()
 
     def close(self) -> None:
         """Unbind everything, end the staging thread, give back all device memory. Finishes also when the device is lost."""
@@ -323,11 +323,11 @@ class Streamer:
             return
         failed = load.failed()
         unit.slot = unit.load = slot.unit = None
+        if failed:
+            self._abandon(slot)
         if slot.number < 0:
             self.floating_bytes -= slot.buffer.numel()
-            if failed:
-                self._abandon(slot)
-            else:
+            if not failed:
                 self.link.compute_waits_for(load.ready, self.link.compute_stream())
 
     # -- copies ---------------------------------------------------------------------------------------------------
@@ -373,9 +373,9 @@ class Streamer:
         unit.slot, unit.load, slot.unit = slot, load, unit
 
     def _abandon(self, slot: Slot) -> None:
-        """A copy into ``slot`` failed, perhaps half-way. Memory of its own must not be used again before that has ended; a
-        slot's next copy is queued behind it."""
-        if slot.number < 0:
+        """A copy into ``slot`` failed, perhaps half-way. Memory of its own must not be used again before that has ended, nor a
+        slot that something is decoded into; a slot's next copy is queued behind it."""
+        if slot.number < 0 or self._decoder.nbytes:
             try:
                 self.link.synchronize()
                 self._decoder.synchronize()

@@ -75,8 +75,8 @@ class Trial:
         self.device = torch.device(device)
         self.dice = dice = random.Random(seed)
         torch.manual_seed(seed)
-        self.model = Model(dice.randint(2, 5))
-        self.x = torch.randn(2, TOKENS, WIDTH).to(self.device)
+        self.model = Model(dice.randint(2, 5)).to(dice.choice((torch.float32, torch.bfloat16)))
+        self.x = torch.randn(2, TOKENS, WIDTH).to(self.device, self.model.embed.weight.dtype)
         self.faults = random_faults(dice)
         disturb(self.model, self.faults)
         self.monkeypatch = monkeypatch
@@ -108,6 +108,7 @@ class Trial:
             else None,
             streamed_blocks=dice.choice((None, None, 1)),
             host_budget=dice.choice((None, None, 0, weights // 2)),
+            lossless=dice.choice(("off", "off", "on")) if self.device.type == "cpu" else "off",
         )
 
     def run(self):
