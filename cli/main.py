@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 
-from . import demo, doctor, growth, plan, quantize
+from . import compress, demo, doctor, growth, plan, quantize
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log what the engine does")
     commands = parser.add_subparsers(dest="command", required=True)
+    compress.add_parser(commands)
     demo.add_parser(commands)
     doctor.add_parser(commands)
     growth.add_parser(commands)

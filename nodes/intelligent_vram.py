@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from .block_swap import PLAN
+from .block_swap import PLAN, lossless_input
 from .image import image_of
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,7 @@ class IntelligentVRAMNode:
             },
             "optional": {
                 "model": ("MODEL,WANVIDEOMODEL", {"tooltip": "The model to plan for. It is not changed."}),
+                "lossless": lossless_input(),
             },
         }
 
@@ -177,6 +178,7 @@ class IntelligentVRAMNode:
         num_frames: int,
         model_name: str,
         model: Any = None,
+        lossless: str = "auto",
     ) -> dict[str, Any]:
         from ..vram.advice_report import picture, report
         from ..vram.advise import PRESETS, Wishes, advise
@@ -189,6 +191,7 @@ class IntelligentVRAMNode:
             dram=enable_dram_optimization,
             streams=num_cuda_streams,
             bandwidth=bandwidth_target,
+            lossless=lossless,
             **PRESETS.get(preset, {"auto": auto_hardware_tuning, "threshold": vram_threshold_percent / 100}),
         )
         facts = planning.choose_facts(model, None if model_name == NO_NAME else model_name)

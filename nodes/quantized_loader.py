@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .block_swap import PLAN_INPUT, chosen, swap_inputs
@@ -105,6 +106,12 @@ def load_model(path: str, quantization: str, compute: str, keep: str) -> tuple[A
     from ..vram.hosts import comfy_quant
     from ..vram.hosts.comfy_state import HostProgress
 
+    if comfy_quant.is_encoded_file(Path(path)):
+        kept = (
+            "" if quantization == NONE else "; to quantize it, decode it first (intelligent-vram compress --decompress)"
+        )
+        model = comfy_quant.load_file(Path(path), compute)
+        return model, [f"{Path(path).name}: its weights are encoded without loss, and loaded as they are{kept}"]
     try:
         conversion, lines = planned(path, quantization, compute, keep)
     except AlreadyQuantized:

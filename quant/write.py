@@ -87,19 +87,30 @@ def writing(
     """
     check_writable(path, overwrite)
     header, places, size = arrange(tensors, metadata)
-    part = path.with_name(f"{path.name}.part")
     missing, lock = set(tensors), threading.Lock()
+    with whole_file(path, size, overwrite=overwrite) as part:
 
-    def put(name: str, tensor: torch.Tensor) -> None:
-        start, end = places[name]
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-        if len(data) != end - start:
-            raise ValueError(f"{name} has {len(data)} bytes, of which the header says {end - start}")
-        with _telling(path):
-            _write(part, start, memoryview(data))
-        with lock:
-            missing.discard(name)
+        def put(name: str, tensor: torch.Tensor) -> None:
+            start, end = places[name]
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+            if len(data) != end - start:
+                raise ValueError(f"{name} has {len(data)} bytes, of which the header says {end - start}")
+            write_at(part, path, start, memoryview(data))
+            with lock:
+                missing.discard(name)
 
+        write_at(part, path, 0, memoryview(header))
+        yield put
+        if missing:
+            raise ValueError(f"{len(missing)} tensors were not written, {min(missing)} first")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, size: int, *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives the name of a file of ``size`` bytes, ``<path>.part``, that becomes ``path`` at the end; after an error nothing is
+    left. What a killed run left there is replaced. Raises FileExistsError and CannotWrite."""
+    check_writable(path, overwrite)
+    part = path.with_name(f"{path.name}.part")
     try:
         with _telling(path):
             part.unlink(missing_ok=True)
@@ -110,11 +121,8 @@ def writing(
                 f"make {format_bytes(size - free)} of room, or name another folder"
             )
         with _telling(path), part.open("wb") as file:
-            file.write(header)
             file.truncate(size)
-        yield put
-        if missing:
-            raise ValueError(f"{len(missing)} tensors were not written, {min(missing)} first")
+        yield part
         with _telling(path), part.open("r+b") as file:
             os.fsync(file.fileno())
         check_writable(path, overwrite)
@@ -123,6 +131,12 @@ def writing(
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def write_at(part: Path, path: Path, start: int, data: memoryview) -> None:
+    """Write ``data`` at byte ``start`` of ``part``, which is to become ``path``. Raises CannotWrite."""
+    with _telling(path):
+        _write(part, start, data)
 
 
 @contextlib.contextmanager

@@ -298,4 +298,5 @@ def timing(record: ForwardRecord, count: int) -> Timing:
     outside = max(0.0, record.seconds - record.stall - sum(compute))
     busy = sum(copy.end - copy.start for copy in record.copies)
     bandwidth = record.streamed_bytes / busy if busy > 0 else float("inf")
-    return Timing(tuple(compute), outside, bandwidth)
+    decoding = record.decoded_bytes / record.decode_seconds if record.decode_seconds > 0 else float("inf")
+    return Timing(tuple(compute), outside, bandwidth, decoding)

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from . import last_runs
+from .codec_nvcomp import is_installed
 from .config import DEFAULT_BLOCK_SIZE, SwapConfig
 from .hardware import CONTEXT, Hardware
 from .hosts import traits
 from .last_runs import LastRun
 from .model_facts import ModelFacts, PackedSizes
 from .plan import LimitTooSmall, within
-from .predict import Prediction, Work, predict, work
+from .predict import Prediction, Work, as_encoded, predict, work
 from .units import MIB, format_bytes
 
 RESERVE = 0.1  # of the card
@@ -37,7 +38,7 @@ class Wishes:
     may use; grow: or more, where that makes a forward faster. blocks_to_swap, vace_blocks_to_swap: exactly so many streamed, 0
     and 0 is what the plan needs. cuda: adapt the plan to measured times. dram: page-lock the streamed weights. streams: how far
     to copy ahead. bandwidth: share of the measured link that is counted on. max_vram: bytes that the process may use, instead of
-    the threshold.
+    the threshold. lossless: whether weights are kept encoded, as SwapConfig has it.
     """
 
     auto: bool = True
@@ -51,6 +52,7 @@ class Wishes:
     bandwidth: float = 0.8
     max_vram: int | None = None
     block_size: int = DEFAULT_BLOCK_SIZE
+    lossless: str = "auto"
 
     @property
     def slots(self) -> int:
@@ -169,6 +171,7 @@ def _config(base: SwapConfig, card: Hardware, wishes: Wishes, usable_ram: int, s
         slots=None if wishes.auto else wishes.slots,
         streamed_blocks=streamed,
         host_budget=min(usable_ram, card.pinnable) if wishes.dram else 0,
+        lossless=wishes.lossless,
     )
 
 
@@ -187,6 +190,9 @@ class _Adviser:
         self.available = available_vram(card)
         self.usable_ram = int(USABLE_RAM * card.host_available)
         self.remarks: list[str] = []
+        self._layers = sizes.layers
+        if wishes.lossless != "off" and card.device != "cpu" and is_installed():
+            self._layers = as_encoded(sizes.layers, facts.weights)
         self._link = card.to_device * (1.0 if wishes.auto else wishes.bandwidth)
 
     def advise(self, base: SwapConfig) -> Advice:
@@ -241,7 +247,7 @@ class _Adviser:
             return None
 
     def _predict(self, config: SwapConfig, limit: int) -> Prediction:
-        return predict(self.sizes.layers, config, limit, self.work, self.beside, self._link, context_of(self.card))
+        return predict(self._layers, config, limit, self.work, self.beside, self._link, context_of(self.card))
 
     def _blocks(self) -> int | None:
         wishes = self.wishes

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .plan import MODES
 from .units import GIB, MIB
 
+LOSSLESS = ("auto", "on", "off")
 LARGEST = 1 << 20  # GiB or MiB that a user may ask for
 DEFAULT_BLOCK_SIZE = 300 * MIB
 
@@ -26,6 +27,7 @@ class SwapConfig:
     offload_device: where streamed weights wait: None or "cpu", RAM; "cuda:1", that card's memory as far as it has room, with the
         rest in RAM. It must not be the card that computes.
     block_names: names or paths of the module lists that hold blocks; None: those that are known.
+    lossless: whether weights are kept encoded in RAM and on the link. "auto": where that is faster, "on", "off".
     """
 
     max_vram: int | None = None
@@ -37,10 +39,13 @@ class SwapConfig:
     host_budget: int | None = None
     block_names: tuple[str, ...] | None = None
     offload_device: str | None = None
+    lossless: str = "auto"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"swap_mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
+        if self.lossless not in LOSSLESS:
+            raise ValueError(f"lossless is {self.lossless!r}; it must be one of {', '.join(LOSSLESS)}")
         _check("max_vram", self.max_vram, 1, 1 << 50)
         if self.block_size is None:
             raise ValueError("block_size is None; it must be a whole number")

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .encoded import EncodedTensor
+
 ALIGNMENT = 512
 
 
@@ -88,8 +90,11 @@ def _carry_attributes(source: torch.Tensor, result: torch.Tensor, skip: Sequence
     return result
 
 
-def flatten(tensor: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[Sequence[torch.Tensor]], torch.Tensor]]:
-    """Take a tensor apart into plain strided tensors.
+def flatten(
+    tensor: torch.Tensor, decode: bool = True
+) -> tuple[list[torch.Tensor], Callable[[Sequence[torch.Tensor]], torch.Tensor]]:
+    """Take a tensor apart into plain strided tensors. One that is kept encoded is decoded; unless ``decode``, it is itself
+    the part, and ``rebuild`` makes the plain one all the same.
 
     Returns (inner tensors, rebuild): ``rebuild(tensors)`` makes an object of the same class, Parameter or not,
     with the same extra attributes, over other inner tensors of the same shapes and dtypes. Nothing is copied.
@@ -100,6 +105,15 @@ def flatten(tensor: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[Sequenc
     if tensor.layout is not torch.strided:
         raise CannotPack(f"its layout is {tensor.layout}")
     is_parameter = isinstance(tensor, nn.Parameter)
+
+    if isinstance(tensor, EncodedTensor):
+
+        def rebuild_plain(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            (part,) = parts
+            result = nn.Parameter(part, requires_grad=False) if is_parameter else part
+            return _carry_attributes(tensor, result, skip=EncodedTensor.ATTRIBUTES)
+
+        return [tensor.decode() if decode or tensor.replaced is not None else tensor], rebuild_plain
 
     if _is_plain(tensor):
 
@@ -113,7 +127,7 @@ def flatten(tensor: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[Sequenc
     if _has_flatten(tensor):
         names, context = tensor.__tensor_flatten__()
         inner = [getattr(tensor, name) for name in names]
-        flattened = [flatten(part) for part in inner]
+        flattened = [flatten(part, decode) for part in inner]
         nested = [(len(parts), rebuild_inner) for parts, rebuild_inner in flattened]
         cls, size, stride = type(tensor), tensor.shape, tensor.stride()
 
@@ -140,13 +154,19 @@ def flatten(tensor: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[Sequenc
     raise CannotPack(f"{type(tensor).__name__} has no __tensor_flatten__")
 
 
-def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensor objects that hold the memory of ``tensor``: itself, or those inside a flattenable subclass."""
+def leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that ``tensor`` is made of: itself, or those inside a flattenable subclass."""
     if not _is_plain(tensor) and _has_flatten(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from plain_tensors(getattr(tensor, name))
+            yield from leaves(getattr(tensor, name))
     else:
         yield tensor
+
+
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor objects that hold the memory of ``tensor``: its leaves, or the encoded bytes of those that are encoded."""
+    for leaf in leaves(tensor):
+        yield leaf.encoded if isinstance(leaf, EncodedTensor) and leaf.replaced is None else leaf
 
 
 def _is_thin_subclass(tensor: torch.Tensor) -> bool:
@@ -161,7 +181,8 @@ class Entry:
     """One parameter or buffer of a module, and how it lies in a packed buffer.
 
     ``owner`` is ``module._parameters`` or ``module._buffers`` and ``name`` its key there: replacing
-    ``owner[name]`` is how the module gets to see another copy of the same weight.
+    ``owner[name]`` is how the module gets to see another copy of the same weight. ``specs``: in the packed buffer;
+    ``decoded``: once it is decoded, where it is packed encoded.
     """
 
     path: str
@@ -170,7 +191,8 @@ class Entry:
     host: torch.Tensor
     specs: tuple[TensorSpec, ...]
     rebuild: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    decoded: tuple[TensorSpec, ...] | None = None
 
     def bind(self, buffer: torch.Tensor, shift: int = 0) -> torch.Tensor:
-        """The parameter over ``buffer``, whose byte 0 is byte ``shift`` of the packed buffer."""
-        return self.rebuild([spec.shifted(shift).view(buffer) for spec in self.specs])
+        """The parameter over ``buffer``, whose byte 0 is byte ``shift`` of the packed buffer, or of the decoded one."""
+        return self.rebuild([spec.shifted(shift).view(buffer) for spec in self.decoded or self.specs])

@@ -80,7 +80,21 @@ class Link:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy on the copy stream. The thread has asked for its ``compute_stream`` before."""
+        self.copy_on(self.stream, target, source)
+
+    def copy_on(self, stream: object, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy on a stream of this link, as ``copy`` does."""
         target.copy_(source, non_blocking=True)
+
+    def second_stream(self) -> object:
+        """A stream for what follows the copies."""
+        return None
+
+    def stream_waits_for(self, stream: object, event: Event) -> None:
+        """What is queued from now on on ``stream`` begins after ``event``."""
+
+    def synchronize_stream(self, stream: object) -> None:
+        """Wait for all that is queued on ``stream``."""
 
     def copy_waits_for(self, event: Event) -> None:
         """Copies queued from now on begin after ``event``."""
@@ -127,31 +141,40 @@ class CudaLink(Link):
     def trim(self) -> None:
         torch.cuda.empty_cache()
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        if source.is_cuda:
-            self._copy_between(target, source)
+    def copy_on(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor) -> None:
+        if source.is_cuda and source.device != self.device:
+            self._copy_between(stream, target, source)
             return
         if torch.cuda.current_device() != self._index:
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(stream):
                 target.copy_(source, non_blocking=True)
             return
         # as the context manager does, at a third of its cost
         before = self._streams.current if hasattr(self._streams, "current") else self.compute_stream()
-        torch.cuda.set_stream(self.stream)
+        torch.cuda.set_stream(stream)
         try:
             target.copy_(source, non_blocking=True)
         finally:
             torch.cuda.set_stream(before)
 
-    def _copy_between(self, target: torch.Tensor, source: torch.Tensor) -> None:
+    def _copy_between(self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor) -> None:
         """From another card: torch runs such a copy on the source card's current stream, between two barriers with the current
         stream of the target card (aten/src/ATen/native/cuda/Copy.cu). Both are streams of our own, so that it waits for
         nobody's compute, and events on ``stream`` order it as they order copies from RAM."""
         other = self._others.get(source.device)
         if other is None:
             other = self._others[source.device] = torch.cuda.Stream(source.device)
-        with torch.cuda.stream(other), torch.cuda.stream(self.stream):
+        with torch.cuda.stream(other), torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
+
+    def second_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    def stream_waits_for(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+        stream.wait_event(event)
+
+    def synchronize_stream(self, stream: torch.cuda.Stream) -> None:
+        stream.synchronize()
 
     def copy_waits_for(self, event: torch.cuda.Event) -> None:
         self.stream.wait_event(event)

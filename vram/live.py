@@ -154,6 +154,8 @@ def warnings(ram: dict[str, Any], devices: Sequence[dict[str, Any]]) -> list[dic
         for model in device["models"]:
             if model["unlocked"]:
                 add("unlocked", device=where, model=model["number"], bytes=model["unlocked"])
+            if model["repeated"]:
+                add("repeated", device=where, model=model["number"], count=model["repeated"])
             step = model["figures"]
             if step is None:
                 continue
@@ -255,6 +257,7 @@ def _model(known: _Watched, swap: Swap) -> dict[str, Any]:
         "slots": max(0, swap.streamer.device_bytes - resident),
         "beside": swap.rest_bytes,
         "unlocked": max(0, packed.host_bytes - locked) if packed is not None and swap.device.type == "cuda" else 0,
+        "repeated": swap.repeated,
         "blocks": [-1 if unit.block is None else unit.block for unit in swap.plan.units] if swap.plan else [],
         "strip": strip_now(swap),
         "planned": plan_strip(swap.plan),

@@ -25,7 +25,8 @@ RESIDENT, STREAMED, FETCHED, COPYING, COMPUTING = "rsfcx"  # states of a unit, a
 
 @dataclass(frozen=True)
 class Step:
-    """One forward. Times in seconds, sizes in bytes; ``copying`` is how long the link was busy with its copies."""
+    """One forward. Times in seconds, sizes in bytes; ``copying`` is how long the link was busy with its copies.
+    ``encoded`` of the streamed bytes became ``decoded`` ones, in ``decoding`` seconds of a stream of their own."""
 
     index: int
     seconds: float
@@ -33,6 +34,9 @@ class Step:
     streamed: int
     copying: float
     peak: int
+    encoded: int = 0
+    decoded: int = 0
+    decoding: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -43,7 +47,8 @@ class Step:
 @dataclass(frozen=True)
 class Figures:
     """Medians of several forwards, as the log tells them, and the highest ``peak``. ``link``: bytes a second that the link
-    was measured to do, 0 if unknown. ``floor``: what no schedule beats without moving fewer bytes."""
+    was measured to do, 0 if unknown. ``floor``: what no schedule beats without moving fewer bytes.
+    ``encoded``, ``decoded``, ``decoding``: as in Step."""
 
     forwards: int
     seconds: float
@@ -54,6 +59,9 @@ class Figures:
     floor: float
     peak: int
     limit: int
+    encoded: float = 0.0
+    decoded: float = 0.0
+    decoding: float = 0.0
 
 
 def plan_strip(plan: Plan | None) -> str:
@@ -116,7 +124,17 @@ def _copying(swap: Swap) -> list[int]:
 
 def step_of(record: ForwardRecord) -> Step:
     copying = sum(copy.end - copy.start for copy in record.copies)
-    return Step(record.index, record.seconds, record.stall, record.streamed_bytes, copying, record.peak_bytes)
+    return Step(
+        record.index,
+        record.seconds,
+        record.stall,
+        record.streamed_bytes,
+        copying,
+        record.peak_bytes,
+        record.encoded_bytes,
+        record.decoded_bytes,
+        record.decode_seconds,
+    )
 
 
 def read_steps(swap: Swap, steps: dict[int, Step]) -> list[Step]:
@@ -147,6 +165,7 @@ def _peek(recording: Any) -> Step | None:
     try:
         if not recording.done():
             return None
+        coded = [copy for copy in recording.copies if copy.ready is not None]
         return Step(
             index=recording.index,
             seconds=recording.begin.elapsed_time(recording.end) / 1000,
@@ -154,6 +173,9 @@ def _peek(recording: Any) -> Step | None:
             streamed=sum(copy.nbytes for copy in recording.copies),
             copying=sum(copy.begin.elapsed_time(copy.end) for copy in recording.copies) / 1000,
             peak=recording.peak,
+            encoded=sum(copy.nbytes for copy in coded),
+            decoded=sum(copy.plain for copy in coded),
+            decoding=sum(copy.decoding.elapsed_time(copy.ready) for copy in coded) / 1000,
         )
     except RuntimeError:  # an event was used again while we looked
         return None
@@ -163,7 +185,7 @@ def figures_of(swap: Swap, steps: Sequence[Step]) -> Figures:
     """Medians of ``steps``, of which there is at least one."""
     middle = {
         name: statistics.median(getattr(step, name) for step in steps)
-        for name in ("seconds", "stall", "streamed", "rate")
+        for name in ("seconds", "stall", "streamed", "rate", "encoded", "decoded", "decoding")
     }
     measured = swap.measured
     known = measured[0].bandwidth if measured is not None and math.isfinite(measured[0].bandwidth) else 0.0

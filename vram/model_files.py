@@ -95,7 +95,12 @@ def read_header(
         encoded = file.read(length)
     if check is not None:
         check(encoded)
-    begin = 8 + length
+    return parse_header(encoded)
+
+
+def parse_header(encoded: bytes) -> tuple[list[Stored], dict[str, Any], int]:
+    """The same of the JSON of a header. Raises Unreadable."""
+    begin = 8 + len(encoded)
     try:
         header = json.loads(encoded, object_pairs_hook=_names_once)
         metadata = header.pop("__metadata__", None) or {}

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from .arena import Arena, FillJob, HostSegment, copy_host, lies_as
+from .coding import Coding, UnitCoding, copy_encoded, encode_part, is_encoded, parts_of, unit_coding
 from .discover import Layer
 from .host_budget import HostBudget
-from .layout import Entry, flatten, plain_tensors
+from .layout import Entry, flatten, leaves, plain_tensors
 from .lending import Lender, Owner
 from .mapped_files import MappedFile, files_behind
 from .offload import OffloadDevice
@@ -50,7 +51,7 @@ _STALE = object()
 def patched(path: str, tensor: torch.Tensor, patches: Patches) -> torch.Tensor:
     """The patched weight. Raises ValueError when its shape or dtype, or that of a part, is not the original's."""
     result = patches.apply(path, tensor)
-    for part, like in zip(plain_tensors(result), plain_tensors(tensor), strict=True):
+    for part, like in zip(leaves(result), leaves(tensor), strict=True):
         if part.shape != like.shape or part.dtype != like.dtype:
             raise ValueError(
                 f"the patched weight {path} is {tuple(part.shape)} {part.dtype}, not {tuple(like.shape)} {like.dtype}"
@@ -83,6 +84,7 @@ class PackedModel:
     ) -> None:
         self.arena = Arena(device, budget, registrar=registrar, shared=shared)
         self.offload = offload
+        self.coding = Coding(device)
         self.torn = False
         self.layers, self.left_out = lay_out(layers)
         self._segments = into_segments(self.layers, segment_bytes)
@@ -101,7 +103,10 @@ class PackedModel:
     @property
     def sizes(self) -> list[LayerSize]:
         """The layers as planning sees them."""
-        return [LayerSize(layer.nbytes, layer.segment, layer.layer.block) for layer in self.layers]
+        return [
+            LayerSize(layer.size, layer.segment, layer.layer.block, layer.nbytes if layer.is_encoded else 0)
+            for layer in self.layers
+        ]
 
     @property
     def packed_bytes(self) -> int:
@@ -262,10 +267,22 @@ class PackedModel:
                 for packed in layer.entries:
                     packed.signature = patches.signature(packed.entry.path)
                     parts = packed.inner if packed.signature is None else self._patched(packed, patches)
-                    for spec, part in zip(packed.entry.specs, parts, strict=True):
-                        copy_host(spec, part, buffer[layer.start : layer.start + layer.nbytes])
+                    self._write(packed, parts, buffer[layer.start : layer.start + layer.nbytes], packed.signature)
 
         return fill
+
+    def _write(
+        self, packed: PackedEntry, parts: Sequence[torch.Tensor], buffer: torch.Tensor, signature: Hashable | None
+    ) -> None:
+        """The parts of a weight into its place: as they are, encoded where it is packed encoded and they are patched."""
+        for spec, part, leaf in zip(packed.entry.specs, parts, leaves(packed.entry.host), strict=True):
+            if not is_encoded(leaf):
+                copy_host(spec, part, buffer)
+            elif signature is None:
+                leaf.verify()
+                copy_encoded(spec, part, buffer)
+            else:
+                encode_part(packed.entry.path, spec, part, leaf.chunk, buffer, self.arena.device)
 
     @staticmethod
     def _patched(packed: PackedEntry, patches: Patches) -> list[torch.Tensor]:
@@ -277,7 +294,7 @@ class PackedModel:
         for spec, inner in zip(packed.entry.specs, plain_tensors(packed.entry.host), strict=True):
             with torch.inference_mode(inner.is_inference()):
                 inner.data = spec.shifted(-start).view(host.buffer_for(inner))
-        packed.inner = flatten(packed.entry.host)[0]
+        packed.inner = parts_of(packed.entry.host)
 
     def _repack(self, patches: Patches) -> int:
         """Bring packed segments up to date with ``patches``."""
@@ -300,12 +317,11 @@ class PackedModel:
             for inner in plain_tensors(packed.entry.host):
                 with torch.inference_mode(inner.is_inference()):
                     inner.data = inner.data.clone(memory_format=torch.preserve_format)
-            packed.inner = flatten(packed.entry.host)[0]
+            packed.inner = parts_of(packed.entry.host)
         self.torn, packed.signature = True, _STALE  # should copying break off
         for buffer in (segment.host.buffer if segment.host is not None else None, segment.away):
             if buffer is not None:
-                for spec, part in zip(specs, parts, strict=True):
-                    spec.view(buffer[layer.start : layer.start + layer.nbytes]).copy_(part)
+                self._write(packed, parts, buffer[layer.start : layer.start + layer.nbytes], signature)
         packed.signature = signature
         if signature is None and segment.host is not None:
             self._adopt(packed, segment.host, layer.start)
@@ -384,7 +400,7 @@ class PackedModel:
                 return span
             return [Piece(span, 0, end - begin)]
         return [
-            Piece(part, layer.start - begin + spec.offset, spec.nbytes)
+            Piece(part, layer.start - begin + spec.offset, part.numel() * part.element_size())
             for layer in self.layers[first:last]
             for packed in layer.entries
             for spec, part in zip(packed.entry.specs, packed.inner, strict=True)
@@ -392,8 +408,16 @@ class PackedModel:
 
     def entries(self, first: int, last: int) -> list[tuple[Entry, int]]:
         """The weights of layers ``first`` to ``last`` with the shift that binds them to a unit's own buffer."""
-        begin = self.layers[first].start
-        return [(packed.entry, begin - layer.start) for layer in self.layers[first:last] for packed in layer.entries]
+        begin = self.layers[first].place
+        return [(packed.entry, begin - layer.place) for layer in self.layers[first:last] for packed in layer.entries]
+
+    def coding_of(self, first: int, last: int) -> UnitCoding | None:
+        """How layers ``first`` to ``last`` are decoded; None where none of them is encoded."""
+        layers = self.layers[first:last]
+        if not any(layer.is_encoded for layer in layers):
+            return None
+        buffer = getattr(self._segments[layers[0].segment].host, "buffer", None)
+        return unit_coding(layers, buffer, self.arena.device)
 
     def close(self) -> None:
         """Unregister the page-locked memory, and give back another card's. The weights stay in RAM, as ordinary memory."""

@@ -37,33 +37,55 @@ def allocated(nbytes: int) -> int:
     return nbytes if nbytes < 10 << 20 else -(-nbytes // (2 << 20)) * (2 << 20)
 
 
+def decoder_bytes(units: Iterable[Unit]) -> int:
+    """Bytes of device memory that units are copied into before they are decoded: two times the largest that is encoded.
+    They are there whichever units are streamed."""
+    return 2 * allocated(max((unit.encoded for unit in units), default=0))
+
+
 class LayerSize(NamedTuple):
     """A layer as planning sees it: ``nbytes`` in its segment (aligned), and ``segment``, the packed buffer it lies in.
-    ``block`` is the index of the block it belongs to, or None outside the block lists."""
+    ``block`` is the index of the block it belongs to, or None outside the block lists. ``encoded``: what it takes in RAM and
+    on the link where it is kept encoded, else 0."""
 
     nbytes: int
     segment: int
     block: int | None
+    encoded: int = 0
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that cross the link."""
+        return self.encoded or self.nbytes
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Layers ``first`` to ``last`` (exclusive) of one segment, moved by one copy of ``nbytes``."""
+    """Layers ``first`` to ``last`` (exclusive) of one segment, which take ``nbytes`` on the device, moved by one copy: of
+    ``encoded`` bytes where some of them are encoded, else of ``nbytes``."""
 
     first: int
     last: int
     nbytes: int
     block: int | None = None
+    encoded: int = 0
+
+    @property
+    def link_bytes(self) -> int:
+        """Bytes that cross the link."""
+        return self.encoded or self.nbytes
 
 
 @dataclass(frozen=True)
 class Timing:
     """Measured seconds of one forward: ``compute`` per unit of the plan it was measured with, ``outside`` of all
-    units, and ``bandwidth`` of the link in bytes per second."""
+    units, ``bandwidth`` of the link in bytes per second, and ``decoding``: plain bytes per second of weights that cross it
+    encoded."""
 
     compute: tuple[float, ...]
     outside: float
     bandwidth: float
+    decoding: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -88,21 +110,33 @@ class Plan:
     @cached_property
     def streamed_bytes(self) -> int:
         """Bytes that cross the link in one forward."""
-        return sum(self.units[index].nbytes for index in self.streamed)
+        return sum(self.units[index].link_bytes for index in self.streamed)
+
+    @cached_property
+    def encoded_bytes(self) -> int:
+        """Bytes that cross the link encoded, in one forward."""
+        return sum(self.units[index].encoded for index in self.streamed)
+
+    @cached_property
+    def decoded_bytes(self) -> int:
+        """Bytes of the streamed units that cross the link encoded, once they are decoded."""
+        return sum(self.units[index].nbytes for index in self.streamed if self.units[index].encoded)
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of device memory that resident units and slots take. Without fixed slots: the two largest units."""
-        resident = sum(allocated(self.units[index].nbytes) for index in self.resident)
+        """Bytes of device memory that resident units, slots and the decoder's buffers take. Without fixed slots: the two
+        largest units."""
+        resident = sum(allocated(self.units[index].nbytes) for index in self.resident) + decoder_bytes(self.units)
         if self.slots or not self.streamed:
             return resident + self.slots * allocated(self.slot_bytes)
         return resident + sum(sorted(allocated(self.units[index].nbytes) for index in self.streamed)[-2:])
 
     def describe(self) -> str:
         """One line in plain words, with numbers."""
+        coded = f" encoded, {format_bytes(self.decoded_bytes)} decoded" if self.decoded_bytes else ""
         slots = f"{self.slots} slots of {format_bytes(self.slot_bytes)}" if self.slots else "memory on demand"
         return (
-            f"{len(self.streamed)} of {len(self.units)} units streamed ({format_bytes(self.streamed_bytes)} a forward, "
+            f"{len(self.streamed)} of {len(self.units)} units streamed ({format_bytes(self.streamed_bytes)} a forward{coded}, "
             f"through {slots}), {len(self.resident)} resident ({format_bytes(self.resident_bytes)})"
             if self.streamed
             else f"all {len(self.units)} units resident ({format_bytes(self.resident_bytes)})"
@@ -144,12 +178,15 @@ def _cut(layers: tuple[LayerSize, ...], limit: int) -> tuple[Unit, ...]:
     start = 0
     for _, same in groupby(layers, key=lambda layer: layer.segment):
         sizes = tuple(layer.nbytes for layer in same)
-        units += [
-            Unit(start + first, start + last, sum(sizes[first:last]), layers[start + first].block)
-            for first, last in _runs(sizes, limit)
-        ]
+        units += [_unit(layers, start + first, start + last) for first, last in _runs(sizes, limit)]
         start += len(sizes)
     return tuple(units)
+
+
+def _unit(layers: Sequence[LayerSize], first: int, last: int) -> Unit:
+    run = layers[first:last]
+    encoded = sum(layer.link_bytes for layer in run) if any(layer.encoded for layer in run) else 0
+    return Unit(first, last, sum(layer.nbytes for layer in run), layers[first].block, encoded)
 
 
 @lru_cache(maxsize=64)  # most blocks of a model are alike
@@ -185,7 +222,7 @@ def by_block(layers: Sequence[LayerSize]) -> list[LayerSize]:
 
 def single_layers(layers: Sequence[LayerSize]) -> tuple[Unit, ...]:
     """A unit per layer."""
-    return tuple(Unit(index, index + 1, layer.nbytes, layer.block) for index, layer in enumerate(layers))
+    return tuple(_unit(layers, index, index + 1) for index in range(len(layers)))
 
 
 def spread(count: int, streamed: int) -> tuple[int, ...]:
@@ -242,7 +279,8 @@ class _Fitting:
 
     def __init__(self, units: tuple[Unit, ...]) -> None:
         self.units = units
-        self._nbytes = numpy.array([unit.nbytes for unit in units], numpy.int64)
+        self._nbytes = numpy.array([unit.link_bytes for unit in units], numpy.int64)
+        self._decoder = decoder_bytes(units)
         self._sizes = numpy.array([allocated(unit.nbytes) for unit in units], numpy.int64)
         ordered = sorted(self._sizes.tolist())
         self._smallest = [0, *accumulate(ordered)]  # bytes of so many units, at least
@@ -253,6 +291,7 @@ class _Fitting:
         """How many units to stream, so that the others fit ``budget`` bytes beside ``slots`` slots and the fewest bytes are
         streamed; None when not even the slots fit."""
         total, most, step = self._smallest[-1], len(self.units), max(1, 2 * self._largest[:2][-1])
+        budget -= self._decoder
         # so many have to be streamed even if they were the largest
         count = bisect_left(self._largest, total - budget)
         best: tuple[int, int] | None = None
@@ -273,7 +312,7 @@ class _Fitting:
         return self._taken[count]
 
     def streamed_bytes(self, count: int) -> int:
-        """Bytes of ``count`` streamed units."""
+        """Bytes that cross the link for ``count`` streamed units."""
         return int(self._nbytes[_spread(len(self.units), count)].sum())
 
     def plan(self, count: int, slots: int) -> Plan:
@@ -293,19 +332,24 @@ def simulate(plan: Plan, timing: Timing, forwards: int = 4) -> float:
     link = clock = begin = 0.0
     released: deque[float] = deque([0.0] * (plan.slots or 2), plan.slots or 2)
     steps = [
-        (None if index in plan.resident else unit.nbytes / timing.bandwidth, seconds)
+        (
+            None if index in plan.resident else unit.link_bytes / timing.bandwidth,
+            unit.nbytes / timing.decoding if unit.encoded else 0.0,
+            seconds,
+        )
         for index, (unit, seconds) in enumerate(zip(plan.units, timing.compute, strict=True))
     ]
     for _ in range(forwards):
         begin = clock
         clock += timing.outside
-        for copying, computing in steps:
+        for copying, decoding, computing in steps:
             if copying is None:
                 clock += computing
                 continue
             free = released[0]  # conditions, because max() takes three times as long
             link = (link if link > free else free) + copying
-            clock = (clock if clock > link else link) + computing
+            ready = link + decoding
+            clock = (clock if clock > ready else ready) + computing
             released.append(clock)
     return clock - begin
 

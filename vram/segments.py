@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from .arena import HostSegment
+from .coding import is_encoded, parts_of, plan_encoded
 from .discover import Layer, Slotted
-from .layout import CannotPack, Entry, align, flatten, plan_tensor
+from .layout import CannotPack, Entry, align, flatten, leaves, plan_tensor
 from .plan import arrange
 
 
@@ -24,13 +25,20 @@ class PackedEntry:
 
 @dataclass
 class PackedLayer:
-    """A layer's place: bytes ``start`` to ``start + nbytes`` of segment number ``segment``."""
+    """A layer's place: bytes ``start`` to ``start + nbytes`` of segment number ``segment``. Decoded it takes ``size`` bytes,
+    from byte ``place`` of the segment's layers decoded; for a plain one that is ``nbytes`` too."""
 
     layer: Layer
     segment: int
     start: int
     nbytes: int
     entries: list[PackedEntry]
+    place: int
+    size: int
+
+    @property
+    def is_encoded(self) -> bool:
+        return any(packed.entry.decoded is not None for packed in self.entries)
 
     @property
     def kind(self) -> tuple:
@@ -40,10 +48,11 @@ class PackedLayer:
 
 @dataclass
 class Segment:
-    """A run of layers that is packed at once, of ``nbytes``: in RAM (``host``), or on another card (``away``, uint8), or not
+    """A run of layers that is packed at once, of ``nbytes``, decoded ``size``: in RAM (``host``), or on another card (``away``, uint8), or not
     yet. On another card it is a copy: the weights themselves stay where they are."""
 
     nbytes: int
+    size: int
     layers: list[PackedLayer] = field(default_factory=list)
     host: HostSegment | None = None
     away: torch.Tensor | None = None
@@ -62,33 +71,44 @@ def lay_out(layers: Sequence[Layer]) -> tuple[list[PackedLayer], list[tuple[Slot
     """Layers with their weights packed from offset 0 each, and what cannot be packed, with the reason."""
     laid_out, left_out = [], []
     for layer in layers:
-        entries, size = [], 0
+        entries, nbytes, size = [], 0, 0
+        coded = any(is_encoded(leaf) for slotted in layer.tensors for leaf in leaves(slotted.tensor))
         for slotted in layer.tensors:
             try:
-                parts, rebuild = flatten(slotted.tensor)
+                parts, rebuild = flatten(slotted.tensor, decode=False)
             except CannotPack as reason:
                 left_out.append((slotted, str(reason)))
                 continue
-            specs = []
+            specs, decoded = [], []
             for part in parts:
-                specs.append(plan_tensor(part, size))
-                size = align(specs[-1].offset + specs[-1].nbytes)
-            entry = Entry(slotted.path, slotted.owner, slotted.name, slotted.tensor, tuple(specs), rebuild)
-            entries.append(PackedEntry(entry, parts))
+                specs.append(plan_encoded(part, nbytes) if is_encoded(part) else plan_tensor(part, nbytes))
+                decoded.append(plan_tensor(part, size))
+                nbytes, size = (align(spec[-1].offset + spec[-1].nbytes) for spec in (specs, decoded))
+            entry = Entry(
+                slotted.path,
+                slotted.owner,
+                slotted.name,
+                slotted.tensor,
+                tuple(specs),
+                rebuild,
+                tuple(decoded) if coded else None,
+            )
+            entries.append(PackedEntry(entry, parts_of(slotted.tensor)))
         if entries:
-            laid_out.append(PackedLayer(layer, 0, 0, size, entries))
+            laid_out.append(PackedLayer(layer, 0, 0, nbytes, entries, 0, size))
     return laid_out, left_out
 
 
 def into_segments(layers: Sequence[PackedLayer], segment_bytes: int) -> list[Segment]:
     """Give each layer its place in a segment of about ``segment_bytes``."""
     segments: list[Segment] = []
-    sizes = arrange([(packed.nbytes, packed.layer.block) for packed in layers], segment_bytes)
+    sizes = arrange([(packed.size, packed.layer.block) for packed in layers], segment_bytes)
     for packed, size in zip(layers, sizes, strict=True):
         if size.segment == len(segments):
-            segments.append(Segment(0))
+            segments.append(Segment(0, 0))
         segment = segments[-1]
-        packed.segment, packed.start = size.segment, segment.nbytes
+        packed.segment, packed.start, packed.place = size.segment, segment.nbytes, segment.size
         segment.layers.append(packed)
         segment.nbytes += packed.nbytes
+        segment.size += packed.size
     return segments

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .coding import UnitCoding
 from .layout import Entry
 from .link import Event
 from .staging import Piece
@@ -45,7 +46,8 @@ class Load:
 
 @dataclass(eq=False)
 class StreamUnit:
-    """A unit with its weights: ``source`` is page-locked host memory of ``nbytes``, or pieces that have to be staged.
+    """A unit with its weights, which take ``nbytes`` in a slot. ``source`` is page-locked host memory with them, or pieces that
+    have to be staged, ``link_bytes`` in all; with ``coding`` they are encoded there, and decoded as that says.
     ``entries`` are its parameters with the shift that binds them. ``overlap``: its copy must be hidden behind compute
     even where that takes memory for two units."""
 
@@ -54,6 +56,8 @@ class StreamUnit:
     entries: Sequence[tuple[Entry, int]]
     source: torch.Tensor | list[Piece]
     overlap: bool = True
+    coding: UnitCoding | None = None
+    link_bytes: int = 0
     slot: Slot | None = None
     load: Load | None = None
     resident: torch.Tensor | None = None
@@ -62,6 +66,9 @@ class StreamUnit:
     visit: Visit | None = None
     _views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     _targets: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.link_bytes = self.link_bytes or self.nbytes
 
     def bind(self, slot: Slot) -> None:
         """Let the module see this unit's weights in ``slot``."""
@@ -94,3 +101,5 @@ class StreamUnit:
         """The slots are going."""
         self._views.clear()
         self._targets.clear()
+        if self.coding is not None:
+            self.coding.batch.forget()

@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .decoding import Decoder
 from .link import Link
 from .on_demand import CopySchedule
 from .order import Order
 from .repeat import out_of_memory
 from .slots import Load, Slot, StreamUnit
-from .staging import Piece, StagingRing
+from .staging import StagingRing
 from .telemetry import Copy, Telemetry, Visit
 from .units import format_bytes
 
@@ -56,6 +57,7 @@ class Streamer:
         self._host_seconds = 0.0
         self._failed_ahead = False
         self._staging = StagingRing(link)
+        self._decoder = Decoder(link)
 
     # -- configuration, between forwards ---------------------------------------------------------------------------
 
@@ -65,6 +67,7 @@ class Streamer:
         with self.lock:
             self.release_all()
             self.slots = []
+            self._decoder.configure(0)
             self.units, self._unit_of = units, unit_of
             self.floating = slots == 0
             self._spilled = 0
@@ -74,6 +77,7 @@ class Streamer:
             self.link.trim()  # slots and resident units in memory of their own, not in splinters of the last plan's
             self._numbers = 0
             self.slots = [Slot(self.link.empty(slot_bytes), self._next_number()) for _ in range(slots)]
+            self._decoder.configure(max((unit.link_bytes for unit in units if unit.coding is not None), default=0))
 
     def make_resident(self, unit: StreamUnit) -> None:
         """Copy a unit into device memory of its own and leave it bound. Needs ``unit.nbytes`` of device memory."""
@@ -127,6 +131,7 @@ class Streamer:
                     if unit.load is not None:
                         unit.load.failed()
                 self.link.synchronize()
+                self._decoder.synchronize()
             finally:
                 for unit in self.units:
                     if unit.bound:
@@ -145,6 +150,7 @@ class Streamer:
                 self.release_all()
             finally:
                 self.slots = []
+                self._decoder.configure(0)
 
     def close(self) -> None:
         """Unbind everything, end the staging thread, give back all device memory. Finishes also when the device is lost."""
@@ -158,9 +164,10 @@ class Streamer:
 
     @property
     def device_bytes(self) -> int:
-        """Device memory that slots, resident units and loads take now."""
+        """Device memory that slots, resident units, loads and the decoder's buffers take now."""
         resident = sum(unit.nbytes for unit in self.units if unit.resident is not None)
-        return resident + sum(slot.buffer.numel() for slot in self.slots) + self.floating_bytes
+        slots = sum(slot.buffer.numel() for slot in self.slots)
+        return resident + slots + self.floating_bytes + self._decoder.nbytes
 
     def relearn(self) -> None:
         """The set of resident units changed, or what a forward needs is to be measured anew."""
@@ -341,17 +348,23 @@ class Streamer:
             slot.unit.slot = slot.unit.load = None
             slot.unit = None
         link = self.link
-        copy = Copy(unit.index, unit.nbytes, link.event(), link.event())
-        load = Load(copy.end)
+        copy = Copy(unit.index, unit.link_bytes, link.event(), link.event())
+        if unit.coding is not None:
+            copy.plain, copy.decoding, copy.ready = unit.nbytes, link.event(), link.event()
+        load = Load(copy.last)
         try:
             if not isinstance(unit.source, torch.Tensor):
-                self._issue_staged(unit.source, slot, load, copy)
+                self._issue_staged(unit, slot, load, copy)
             else:
-                if slot.free is not None:
-                    link.copy_waits_for(slot.free)
+                buffer = self._decoder.take(load) if unit.coding is not None else None
+                free = slot.free if buffer is None else buffer.free
+                if free is not None:
+                    link.copy_waits_for(free)
                 copy.begin.record(link.stream)
-                link.copy(unit.target(slot), unit.source)
+                link.copy(unit.target(slot) if buffer is None else buffer.memory[: unit.link_bytes], unit.source)
                 copy.end.record(link.stream)
+                if buffer is not None:
+                    self._decoder.decode(unit, buffer, slot, copy)
                 self.telemetry.copy(copy)
         except BaseException:
             self._abandon(slot)
@@ -365,22 +378,27 @@ class Streamer:
         if slot.number < 0:
             try:
                 self.link.synchronize()
+                self._decoder.synchronize()
             except Exception as error:  # the device is lost, and with it whatever was under way
                 log.debug("copies cannot be waited for: %s", str(error))
 
-    def _issue_staged(self, pieces: list[Piece], slot: Slot, load: Load, copy: Copy) -> None:
+    def _issue_staged(self, unit: StreamUnit, slot: Slot, load: Load, copy: Copy) -> None:
         """The same through the staging ring, whose thread does it a little later."""
         load.issued = threading.Event()
+        buffer = None if unit.coding is None else self._decoder.take(load, staged=True)
         free, link = slot.free, self.link
 
         def before() -> None:
-            if free is not None:
-                link.copy_waits_for(free)
+            begin = free if buffer is None else buffer.free
+            if begin is not None:
+                link.copy_waits_for(begin)
             copy.begin.record(link.stream)
 
         def after(error: Exception | None) -> None:
             try:
                 copy.end.record(link.stream)
+                if error is None and buffer is not None:
+                    self._decoder.decode(unit, buffer, slot, copy)
             except Exception as failure:
                 error = error or failure
             load.error = error
@@ -388,7 +406,7 @@ class Streamer:
                 self.telemetry.copy(copy)
             load.issued.set()
 
-        self._staging.submit(pieces, slot.buffer, before, after)
+        self._staging.submit(unit.source, slot.buffer if buffer is None else buffer.memory, before, after)
 
     def _demand_slot(self, unit: StreamUnit) -> Slot:
         """A slot for a unit that is needed now and that nobody fetched."""

@@ -13,9 +13,10 @@ from torch import nn
 
 from . import limit
 from .adapt import Adapter
+from .coding import OFF, Coding, DoesNotFit
 from .config import SwapConfig
 from .device import resolve
-from .discover import WHOLE, Scope, Slotted, find_blocks, tensor_bytes
+from .discover import WHOLE, Layer, Scope, Slotted, find_blocks, tensor_bytes
 from .forward import Forward
 from .gates import MARK, InstancePatches, gate, hide_from_compile, stay
 from .link import open_link
@@ -82,6 +83,7 @@ class Swap:
         self._undone: Plan | None = None  # the plan to go back to, while it is not sure which patches the weights have
         self._sizes: list = []
         self.adapter: Adapter | None = None
+        self._coding: Coding | None = None
 
     @property
     def rest_bytes(self) -> int:
@@ -124,19 +126,21 @@ class Swap:
         streamed, rest = sort_tensors(self.root, self.config, self.scope)
         now = limit.now_free(self.device)
         self.limit = self.config.max_vram or limit.automatic_limit(now)
-        if packed is not None and not packed.renew(streamed):
-            packed.close()
-            packed = None
-        if packed is None:
-            packed = PackedModel(self.device, streamed, self.config.block_size, self.config.host_budget)
-        self.packed, packed.offload = packed, offload
+        lossless = self.config.lossless if offload is None else OFF  # on another card they lie as they are
+        packed = self._lay_out(streamed, packed, lossless, progress)
+        packed.offload = offload
         for slotted, reason in packed.left_out:
             log.warning("%s stays resident, because it cannot be packed: %s", slotted.path, reason)
         rest += [slotted for slotted, _ in packed.left_out]
-        self._sizes = packed.sizes
         self.adapter = Adapter(self)
         first = self._checked(self.adapter.first(), rest, now)
-        written = packed.pack(patches, progress)
+        try:
+            written = packed.pack(patches, progress)
+        except DoesNotFit as reason:
+            log.warning("%s; the weights are streamed as they are", reason)
+            packed = self._lay_out(streamed, packed, OFF, progress)
+            first = self._checked(self.adapter.first(), rest, now)
+            written = packed.pack(patches, progress)
         self._patches = patches
         packed.page_lock()
         self._rest.place(rest, patches)
@@ -161,6 +165,21 @@ class Swap:
             format_bytes(self.limit),
             self.plan.describe(),
         )
+
+    def _lay_out(
+        self, layers: list[Layer], packed: PackedModel | None, lossless: str, progress: Progress | None
+    ) -> PackedModel:
+        """The weights of layers encoded or not, and each with a place: that in ``packed`` if they are still the same."""
+        self._coding = packed.coding if packed is not None else Coding(self.device)
+        self._coding.prepare(lossless, layers, self.config.host_budget, progress)
+        if packed is not None and not packed.renew(layers):
+            packed.close()
+            packed = None
+        if packed is None:
+            packed = PackedModel(self.device, layers, self.config.block_size, self.config.host_budget)
+            packed.coding = self._coding
+        self.packed, self._sizes = packed, packed.sizes
+        return packed
 
     def _checked(self, plan: Plan, rest: list[Slotted], now: MemorySnapshot) -> Plan:
         """``plan``, or the smallest one of its kind where that does not fit. Refuses before anything is moved when the
@@ -288,9 +307,12 @@ class Swap:
             self._instance.set(self.root, within, self._forward.repeatable(getattr(self.root, within)))
             self._instance.set(self.root, "forward", self._forward.gate(self.root.forward))
 
-    def detach(self) -> PackedModel | None:
+    def detach(self, keep_encoded: bool = False) -> PackedModel | None:
         """Take everything off the model: its own parameters, ``forward`` and ``to`` are back, its weights are in host
-        memory, all device memory is given back. Returns the packed weights, which ``attach`` takes again."""
+        memory, all device memory is given back. Returns the packed weights, which ``attach`` takes again.
+
+        Weights that ``attach`` encoded are decoded, and None is returned. With ``keep_encoded`` they stay as they are, and
+        read as plain ones do, until they are decoded by the ``coding`` of what is returned."""
         with self._forward.lock:
             if self._forward.depth:
                 raise RuntimeError("block swap cannot be taken off a model while it computes")
@@ -300,6 +322,8 @@ class Swap:
             packed, self.packed, self.plan = self.packed, None, None
             if packed is not None:
                 packed.close()
+            if not keep_encoded and self._coding is not None and self._coding.decode():
+                return None
             return packed
 
     # -- plans -------------------------------------------------------------------------------------------------------
@@ -313,6 +337,8 @@ class Swap:
                 self.packed.entries(unit.first, unit.last),
                 self.packed.source(unit.first, unit.last),
                 overlap=unit.block is not None,
+                coding=self.packed.coding_of(unit.first, unit.last),
+                link_bytes=unit.link_bytes,
             )
             for index, unit in enumerate(plan.units)
         ]

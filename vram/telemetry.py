@@ -11,12 +11,21 @@ from .units import format_bytes
 
 @dataclass
 class Copy:
-    """One copy of a unit to the device: its events on the copy stream."""
+    """One copy of a unit to the device: its events on the copy stream. Of one that is encoded also the ``plain`` bytes that it
+    becomes, and when its decoding began and when it was ready."""
 
     unit: int
     nbytes: int
     begin: Event
     end: Event
+    plain: int = 0
+    decoding: Event | None = None
+    ready: Event | None = None
+
+    @property
+    def last(self) -> Event:
+        """What is recorded last of it."""
+        return self.ready if self.ready is not None else self.end
 
 
 @dataclass
@@ -44,7 +53,8 @@ class ForwardRecord:
 
     ``units`` are the spans in which units computed, ``copies`` those in which units were copied, ``arrivals`` the
     moments at which compute reached each of ``units`` and, if it was not there yet, began to wait. ``streamed_bytes``
-    counts the copies that were begun during the forward. ``repeats``: how often it was begun again because memory ran out. ``peak_bytes`` is the highest memory in use during the
+    counts the copies that were begun during the forward; ``encoded_bytes`` of them were encoded and became ``decoded_bytes``,
+    in ``decode_seconds`` on a stream of their own. ``repeats``: how often it was begun again because memory ran out. ``peak_bytes`` is the highest memory in use during the
     forward as torch's allocator counts it; on a CPU that of the engine's copies of weights. ``host_seconds`` is time spent in the engine's own code.
     """
 
@@ -59,6 +69,9 @@ class ForwardRecord:
     copies: tuple[Interval, ...]
     arrivals: tuple[float, ...]
     repeats: int = 0
+    decoded_bytes: int = 0
+    encoded_bytes: int = 0
+    decode_seconds: float = 0.0
 
     @property
     def compute(self) -> float:
@@ -69,6 +82,12 @@ class ForwardRecord:
         return (
             f"forward {self.index}: {self.seconds * 1000:.1f} ms, of which {self.stall * 1000:.1f} ms waiting for copies; "
             f"{format_bytes(self.streamed_bytes)} streamed"
+            + (
+                f" ({format_bytes(self.encoded_bytes)} encoded, {format_bytes(self.decoded_bytes)} decoded in "
+                f"{self.decode_seconds * 1000:.1f} ms)"
+                if self.encoded_bytes
+                else ""
+            )
             + (f", peak {format_bytes(self.peak_bytes)} in use" if self.peak_bytes else "")
             + (f", repeated {self.repeats} times because memory ran out" if self.repeats else "")
         )
@@ -87,12 +106,12 @@ class _Recording:
         self.misses = 0
 
     def done(self) -> bool:
-        return self.end.query() and all(copy.end.query() for copy in self.copies)
+        return self.end.query() and all(copy.last.query() for copy in self.copies)
 
     def wait(self) -> None:
         self.end.synchronize()
         for copy in self.copies:
-            copy.end.synchronize()
+            copy.last.synchronize()
 
 
 class Telemetry:
@@ -171,8 +190,12 @@ class Telemetry:
             self.link.give_back(visit.arrive)
             self.link.give_back(visit.go)
         copies = tuple(Interval(copy.unit, at(copy.begin), at(copy.end)) for copy in recording.copies)
+        coded = [copy for copy in recording.copies if copy.ready is not None]
+        decoding = sum(copy.decoding.elapsed_time(copy.ready) for copy in coded) / 1000
         for copy in recording.copies:
             self.link.give_back(copy.begin)
+            if copy.ready is not None:
+                self.link.give_back(copy.decoding)
         return ForwardRecord(
             index=recording.index,
             seconds=at(recording.end),
@@ -185,6 +208,9 @@ class Telemetry:
             copies=copies,
             arrivals=tuple(arrivals),
             repeats=recording.repeats,
+            decoded_bytes=sum(copy.plain for copy in coded),
+            encoded_bytes=sum(copy.nbytes for copy in coded),
+            decode_seconds=decoding,
         )
 
     def clear(self) -> None:

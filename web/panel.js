@@ -64,7 +64,7 @@ function modelPart(showNode) {
     const show = make("button", { type: "button", class: "ivram-button" });
     const head = make("div", { class: "ivram-model-head" }, name, show);
     const strip = blockStrip();
-    const figures = Object.fromEntries(["step", "floor", "stall", "link"].map((key) => [key, figure(key)]));
+    const figures = Object.fromEntries(["step", "floor", "stall", "link", "lossless"].map((key) => [key, figure(key)]));
     const list = make("dl", { class: "ivram-figures" }, ...Object.values(figures).map((part) => part.element));
     const columns = stepColumns();
     const element = make("section", { class: "ivram-model" }, head, strip.element, list, columns.element);
@@ -87,6 +87,9 @@ function modelPart(showNode) {
       figures.stall.update(seconds(now.stall), percent(now.seconds ? now.stall / now.seconds : 0));
       const link = now.link ? say("measured", { speed: speed(now.link) }) : "";
       figures.link.update(now.streamed ? speed(now.rate) : "-", now.streamed ? link : say("nothingStreamed"));
+      figures.lossless.element.hidden = !now.encoded;
+      const sizes = { encoded: bytes(now.encoded), decoded: bytes(now.decoded) };
+      figures.lossless.update(say("encodedOf", sizes), say("decodedIn", { time: seconds(now.decoding) }));
     }
     return { element, update };
   };
@@ -115,7 +118,12 @@ function warningPart() {
   return {
     element,
     update(warning) {
-      const values = { device: warning.device, share: percent(warning.share ?? 0), bytes: bytes(warning.bytes ?? 0) };
+      const values = {
+        device: warning.device,
+        share: percent(warning.share ?? 0),
+        bytes: bytes(warning.bytes ?? 0),
+        count: warning.count,
+      };
       const text = say(`warn_${warning.what}`, values);
       const named = !warning.several || warning.device === undefined || text.includes(warning.device);
       setText(element, named ? text : say("onDevice", { device: warning.device, text }));

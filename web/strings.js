@@ -45,6 +45,10 @@ const EN = {
   floorHint: "What no schedule beats without moving fewer bytes",
   stallHint: "Time that compute waited for copies",
   linkHint: "Speed of the copies, against what the link was measured to do",
+  lossless: "Lossless",
+  losslessHint: "Weights that cross the link encoded, and what they are decoded to on the GPU",
+  encodedOf: "{encoded} of {decoded}",
+  decodedIn: "decoded in {time}",
   measured: "of {speed}",
   nothingStreamed: "nothing streamed",
   stepsLabel: "Times of the last {count} steps, from {low} to {high}",
@@ -71,6 +75,8 @@ const EN = {
   warn_others: "Other programs use {bytes} of {device}. Closing them leaves more blocks resident.",
   warn_unlocked:
     "{bytes} of the weights are not page-locked and stream slowly. Free some RAM, or use a model in FP8.",
+  warn_repeated:
+    "VRAM ran out {count} times; the steps were repeated with fewer resident blocks. Lower max_vram_gb a little, or close other programs.",
   warn_stall:
     "Compute waits for copies {share} of the time. Raise max_vram_gb, or use a model in FP8, which halves the bytes.",
   warn_slow_link:
@@ -121,6 +127,10 @@ const ZH = {
   floorHint: "不减少传输字节时任何调度都无法超越的时间",
   stallHint: "计算等待复制的时间",
   linkHint: "复制速度与链路实测速度的比较",
+  lossless: "无损编码",
+  losslessHint: "以编码形式通过链路的权重，以及在 GPU 上解码后的大小",
+  encodedOf: "{encoded} / {decoded}",
+  decodedIn: "解码 {time}",
   measured: "实测 {speed}",
   nothingStreamed: "没有传输",
   stepsLabel: "最近 {count} 步的时间，从 {low} 到 {high}",
@@ -146,6 +156,7 @@ const ZH = {
   warn_card_full: "{device} 已使用 {share}。请降低 max_vram_gb，或关闭占用此显卡的其他程序。",
   warn_others: "其他程序占用 {device} 的 {bytes}。关闭它们可以让更多块常驻。",
   warn_unlocked: "{bytes} 的权重未锁页，传输较慢。请释放内存，或使用 FP8 模型。",
+  warn_repeated: "显存不足 {count} 次；相应步骤已用较少的常驻块重新执行。请略微降低 max_vram_gb，或关闭其他程序。",
   warn_stall: "计算有 {share} 的时间在等待复制。请提高 max_vram_gb，或使用 FP8 模型（字节减半）。",
   warn_slow_link: "复制速度只有链路实测速度的 {share}。可能有其他程序在使用链路，或显卡运行在较少的通道上。",
 };

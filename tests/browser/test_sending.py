@@ -85,7 +85,7 @@ def test_a_run_is_kept_after_its_model_is_gone() -> None:
     ],
 )
 def test_warnings_name_what_matters(ram: dict, device: dict, model: dict, expected: set[str]) -> None:
-    models: list[dict[str, Any]] = [{"number": 1, "unlocked": 0, "figures": FIGURES, **model}]
+    models: list[dict[str, Any]] = [{"number": 1, "unlocked": 0, "repeated": 0, "figures": FIGURES, **model}]
     found = live.warnings({**RAM, **ram}, [{**DEVICE, **device, "models": models}])
     assert {warning["what"] for warning in found} == expected
 
@@ -131,3 +131,24 @@ def test_a_node_with_swaps_on_two_devices_shows_the_one_that_computes() -> None:
     finally:
         for swap in swaps:
             swap.detach()
+
+
+def test_a_step_that_was_repeated_is_warned_of() -> None:
+    model = Model()
+    swap = attach(model, SwapConfig(streamed_blocks=4), "cpu")
+    live.watch(swap, "9")
+
+    errors = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def fail_once() -> None:
+        if errors:
+            raise errors.pop()
+
+    model.meanwhile = fail_once
+    try:
+        with torch.no_grad():
+            swap.root(torch.zeros(1, 256))
+        told = [warning for warning in live.state()["warnings"] if warning["what"] == "repeated"]
+        assert [(warning["device"], warning["count"]) for warning in told] == [("cpu", 1)]
+    finally:
+        swap.detach()

@@ -37,6 +37,7 @@ class Life(RuleBasedStateMachine):
     """One model that is attached, run, interrupted, patched, evicted from, starved of memory and detached."""
 
     swap = packed = None
+    dtype, lossless = torch.float32, "off"
     amounts: dict = {}  # noqa: RUF012
 
     @initialize()
@@ -45,7 +46,7 @@ class Life(RuleBasedStateMachine):
         self.before, self.weights = fingerprint(self.model), contents(self.model)
 
     def make(self):
-        model = build("blocks that are skipped").requires_grad_(False)
+        model = build("blocks that are skipped", self.dtype).requires_grad_(False)
         for layer in model.modules():
             if type(layer) is nn.Linear:
                 layer.__class__ = Stopping
@@ -69,6 +70,7 @@ class Life(RuleBasedStateMachine):
     )
     def attach(self, mode, block_size, share, slots, host_budget, amounts, again):
         settings = {"mode": mode, "block_size": block_size, "slots": slots, "host_budget": host_budget}
+        settings["lossless"] = self.lossless
         limit = None
         if share is not None:
             limit = smallest_limit(self.model, **settings) + int(weight_bytes(self.model) * share)
@@ -80,7 +82,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(skip=st.sampled_from(((), (1,), (0, 4), (0, 1, 2, 3, 4))), batch=st.integers(1, 3), times=st.integers(1, 3))
     def run(self, skip, batch, times):
-        x = inputs(batch=batch)
+        x = inputs(self.dtype, batch)
         wanted = self.wanted(x, skip)
         for _ in range(times):
             assert torch.equal(self.model(x, skip=skip), wanted)
@@ -91,7 +93,7 @@ class Life(RuleBasedStateMachine):
         module = getattr(self.model.blocks[block], layer)
         module.__dict__["stop"] = True
         with pytest.raises(Stop):
-            self.model(inputs())
+            self.model(inputs(self.dtype))
         del module.__dict__["stop"]
 
     @precondition(lambda self: self.swap is not None)
@@ -105,7 +107,7 @@ class Life(RuleBasedStateMachine):
                 raise torch.OutOfMemoryError("no room")
             return empty(link, nbytes)
 
-        x = inputs(batch=2)
+        x = inputs(self.dtype, batch=2)
         wanted = self.wanted(x, ())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Link, "empty", failing)
@@ -126,11 +128,14 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.swap is not None)
     @rule()
     def detach(self):
-        self.packed = self.swap.detach()
+        self.packed = self.take_off()
         self.swap, self.amounts = None, {}
         assert fingerprint(self.model) == self.before
         now = contents(self.model)
         assert all(torch.equal(now[name], weight) for name, weight in self.weights.items())
+
+    def take_off(self):
+        return self.swap.detach()
 
     @invariant()
     def nothing_is_in_use_between_forwards(self):

@@ -89,7 +89,7 @@ def test_page_locking_that_fails_part_of_the_way_costs_speed_only(refused, share
     registrar = Registrar(refuse=numbers)
     swap = attach_locked(model, registrar, shared)
     assert registrar.nbytes == shared.locked <= swap.packed.host_bytes
-    assert refused in (1, 3) or registrar.nbytes <= 9000  # what is refused once is tried again
+    assert refused in (1, 3) or len(registrar.ranges) <= 1  # what is refused once is tried again
     for _ in range(3):
         assert torch.equal(model(x), wanted)
     swap.detach()

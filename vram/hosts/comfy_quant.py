@@ -22,6 +22,9 @@ import comfy.utils
 import folder_paths
 import torch
 
+from .. import coding
+from ..encoded import EncodedTensor
+from ..encoded_file import is_encoded, load_encoded
 from ..inspect_weights import FP8_MULTIPLE, KITCHEN_CUDA
 from ..model_facts import SHARD
 from ..model_files import read_header
@@ -144,14 +147,40 @@ def _load_state(
 
 def _load_file(path: Path, compute: str, disable_dynamic: bool = False) -> Any:
     metadata = dict(read_header(path)[1])
-    state = _modernized(comfy.utils.load_torch_file(str(path)), metadata)
+    encoded = is_encoded(metadata)
+    if encoded:
+        state, file = load_encoded(path)
+        metadata, disable_dynamic = dict(file.metadata), True
+    else:
+        state = comfy.utils.load_torch_file(str(path))
+    state = _modernized(state, metadata)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
     state = comfy.utils.state_dict_prefix_replace(state, {prefix: ""}, filter_keys=True) or state
     # these have the prefix, and have become MARKs
     metadata.pop(LAYERS, None)
-    model = _to_model(state, metadata, path.name, compute, disable_dynamic)
+    model = _to_model(dict(state), metadata, path.name, compute, disable_dynamic)
+    if encoded:
+        _keep_encoded(model.model.diffusion_model, state)
     model.cached_patcher_init = (_load_file, (path, compute))
     return model
+
+
+def is_encoded_file(path: Path) -> bool:
+    """Whether a safetensors file holds encoded weights (``intelligent-vram compress``)."""
+    try:
+        return is_encoded(read_header(path)[1])
+    except (OSError, ValueError):
+        return False  # who loads it says what is wrong with it
+
+
+def _keep_encoded(transformer: torch.nn.Module, state: State) -> None:
+    """Let the weights that the host decoded while it loaded them be the encoded ones of the file again: those that it did not
+    cast. Whoever reads them gets the plain values."""
+    for name, weight in transformer.named_parameters():
+        encoded = state.get(name)
+        same = isinstance(encoded, EncodedTensor) and (weight.dtype, weight.shape) == (encoded.dtype, encoded.shape)
+        if same and type(weight) is torch.nn.Parameter:
+            coding.swap(weight, encoded)
 
 
 def _to_model(state: State, metadata: Mapping[str, str], name: str, compute: str, disable_dynamic: bool) -> Any:

@@ -31,7 +31,7 @@ class State:
         self.take_back()
         swap, self.swap, self.owner, self.key = self.swap, None, None, None
         if swap is not None:
-            swap.detach()
+            swap.detach(keep_encoded=True)
             self.backup.clear()
 
     def hand_over(self, model: torch.nn.Module) -> None:

@@ -87,6 +87,8 @@ def planned(advice: Advice) -> dict[str, Any]:
         floor=prediction.floor,
         peak=prediction.peak,
         limit=prediction.limit,
+        encoded=prediction.plan.encoded_bytes,
+        decoded=prediction.plan.decoded_bytes,
     )
     return live.of_node(live_swap.plan_strip(prediction.plan), figures)
 

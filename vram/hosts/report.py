@@ -21,14 +21,17 @@ def report(swap: Swap, since: int) -> int:
     seconds = statistics.median(record.seconds for record in records)
     stall = statistics.median(record.stall for record in records)
     streamed = statistics.median(record.streamed_bytes for record in records)
+    encoded = statistics.median(record.encoded_bytes for record in records)
+    decoding = statistics.median(record.decode_seconds for record in records)
     peak = max(record.peak_bytes for record in records)
     repeated = sum(record.repeats > 0 for record in records)
     log.info(
-        "block swap: %d forwards, median %.0f ms, of which %.0f ms waited for copies; %s streamed in each%s; %s%s",
+        "block swap: %d forwards, median %.0f ms, of which %.0f ms waited for copies; %s streamed in each%s%s; %s%s",
         len(records),
         seconds * 1000,
         stall * 1000,
         format_bytes(streamed),
+        f" (of which {format_bytes(encoded)} decoded in {decoding * 1000:.1f} ms)" if encoded else "",
         f", peak {format_bytes(peak)} of {format_bytes(swap.limit)}" if peak else "",
         swap.plan.describe(),
         f"; {repeated} of them were repeated, because memory ran out" if repeated else "",

@@ -140,6 +140,7 @@ class Managed:
         self._active.restore()
         if self._packed is not None:
             forget_weights(self._packed)
+            self._packed.coding.decode()
         self._packed = self._run = self._last = None
 
     def _drop_guard(self) -> None:
@@ -156,7 +157,7 @@ class Managed:
             self._tell(wait=True)
             report(self.swap, 0)
             panel.finished(self.swap)
-            self._packed = self.swap.detach()
+            self._packed = self.swap.detach(keep_encoded=True)
             self.swap = None
 
     # -- the hooks ---------------------------------------------------------------------------------------------------

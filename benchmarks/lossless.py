@@ -1,0 +1,146 @@
+"""Weights kept encoded in RAM and on the link, beside the same engine with plain ones, at Wan 14B block size.
+
+    python benchmarks/lossless.py [--layers 12] [--tokens 1024 7800 32760] [--files FOLDER]
+
+All in one process, on the same weights and inputs. The plain floor is max(compute-only time, plain bytes / page-locked
+bandwidth). --files: also set-up from a plain and from an encoded file, which are written there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from intelligent_vram.cli.wan import WAN_14B, WanModel, meta_model, random_model, sample_inputs
+from intelligent_vram.quant.lossless import compress_file
+from intelligent_vram.vram import Swap, SwapConfig, attach
+from intelligent_vram.vram.encoded_file import load_encoded
+from intelligent_vram.vram.units import GIB, MIB
+from measure import copy_bandwidth, forwards, reset_peaks
+from safetensors.torch import load_file, save_file
+
+DEVICE = torch.device("cuda", 0)
+
+
+def configurations(layers: int) -> dict[str, SwapConfig]:
+    """By name, with plain weights."""
+    every = SwapConfig(mode="chunkwise", streamed_blocks=layers, lossless="off")
+    return {
+        "every block streamed": every,
+        "adaptive, 6 GiB": SwapConfig(max_vram=6 * GIB, lossless="off"),
+    }
+
+
+def ram() -> int:
+    """Bytes of this process that are in no file."""
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared
+
+
+def measured(
+    model: WanModel, config: SwapConfig, inputs: dict, expected: dict
+) -> Iterator[tuple[int, float, Swap, int]]:
+    """Tokens, seconds of a forward, the swap and peak bytes for each number of tokens."""
+    swap = attach(model, config, DEVICE)
+    for tokens, args in inputs.items():
+        for _ in range(4):
+            assert torch.equal(model(*args), expected[tokens])
+        reset_peaks(DEVICE)
+        per_group = 6 if tokens < 20000 else 3
+        result = forwards(lambda args=args: model(*args), DEVICE, 5, per_group)
+        yield tokens, result.seconds, swap, result.peak_allocated
+    start = time.perf_counter()
+    swap.detach()
+    logging.info("detached in %.2f s", time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 7800, 32760])
+    parser.add_argument("--files", type=Path)
+    parser.add_argument("-v", action="store_true")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO if args.v else logging.WARNING, format="%(message)s")
+    config = replace(WAN_14B, num_layers=args.layers)
+    with torch.inference_mode():
+        compare(config, args)
+        if args.files is not None:
+            from_files(config, args.files)
+
+
+def compare(config: object, args: argparse.Namespace) -> None:
+    model = random_model(config, torch.bfloat16, "cuda")
+    inputs = {tokens: sample_inputs(config, tokens, torch.bfloat16, "cuda", seed=1) for tokens in args.tokens}
+    bandwidth = copy_bandwidth(DEVICE, 700 * MIB)
+    expected = {tokens: model(*args) for tokens, args in inputs.items()}
+    resident = {
+        tokens: forwards(lambda args=args: model(*args), DEVICE, 3, 3).seconds for tokens, args in inputs.items()
+    }
+    model.cpu()
+    print(f"{torch.cuda.get_device_name()}, link {bandwidth / 1e9:.1f} GB/s, {args.layers} blocks")
+    print(
+        f"{'':30} {'tokens':>6} {'floor':>7} {'plain':>7} {'encoded':>7} {'enc/plain':>9} {'enc/floor':>9} {'memory':>9}"
+    )
+    for name, plain in configurations(args.layers).items():
+        before: dict[int, tuple[float, float, int]] = {}
+        for tokens, seconds, swap, peak in measured(model, plain, inputs, expected):
+            floor = max(resident[tokens], swap.plan.streamed_bytes / bandwidth)
+            before[tokens] = seconds, floor, peak
+            arena, setup = swap.packed.host_bytes, swap.setup_seconds
+        for tokens, seconds, swap, peak in measured(model, replace(plain, lossless="auto"), inputs, expected):
+            was, floor, was_peak = before[tokens]
+            print(
+                f"{name:30} {tokens:6} {floor:7.4f} {was:7.4f} {seconds:7.4f} {seconds / was:9.3f} {seconds / floor:9.3f} "
+                f"{(peak - was_peak) / MIB:+6.0f} MiB",
+                flush=True,
+            )
+            record, ratio = swap.telemetry.last(wait=True), swap.packed.host_bytes / arena
+            largest = max(unit.encoded for unit in swap.plan.units) / MIB
+        print(
+            f"  arena {ratio:.3f} of the plain one; set-up {swap.setup_seconds:.2f} s, plain {setup:.2f} s; "
+            f"decoding {record.decode_seconds * 1000:.2f} ms a forward; largest unit {largest:.0f} MiB encoded"
+        )
+
+
+def from_files(config: object, folder: Path) -> None:
+    """Set-up from a plain and from an encoded file; both are in the page cache."""
+    plain, packed = folder / "plain.safetensors", folder / "encoded.safetensors"
+    save_file(random_model(config, torch.bfloat16, "cuda").cpu().state_dict(), plain)
+    start = time.perf_counter()
+    made = compress_file(plain, packed, DEVICE)
+    print(
+        f"file: {made.nbytes / made.plain:.3f}, encoded at {made.plain / (time.perf_counter() - start) / 1e9:.2f} GB/s"
+    )
+
+    def setup(name: str, load: Callable[[], dict], lossless: str) -> None:
+        gc.collect()
+        base = ram()
+        model = meta_model(config)
+        model.load_state_dict(load(), assign=True)
+        start = time.perf_counter()
+        swap = attach(model, SwapConfig(mode="chunkwise", streamed_blocks=config.num_layers, lossless=lossless), DEVICE)
+        seconds = time.perf_counter() - start
+        gc.collect()
+        print(
+            f"set-up from {name}: {seconds:.2f} s, arena {swap.packed.host_bytes / GIB:.2f} GiB, process RAM "
+            f"{(ram() - base) / GIB:+.2f} GiB",
+            flush=True,
+        )
+        swap.detach(keep_encoded=True)
+
+    for _ in range(2):
+        setup("a plain file", lambda: load_file(plain), "off")
+        setup("a plain file, encoded then", lambda: load_file(plain), "on")
+        setup("an encoded file", lambda: load_encoded(packed)[0], "on")
+
+
+if __name__ == "__main__":
+    main()

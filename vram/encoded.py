@@ -1,0 +1,135 @@
+"""A weight that is kept encoded: a tensor of the plain one's shape and dtype whose memory is the encoded bytes.
+
+Any operation on it decodes it first, so that whoever reads it gets the right values, at the price of decoding them each time.
+The engine decodes it into a slot instead. It cannot be written to.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from .codec import Chunks, Corrupt, codec_named, read_chunks
+
+_KEPT = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+class EncodedTensor(torch.Tensor):
+    """``encoded``: uint8 [n], the table and the chunks (codec.py) of a dense tensor of ``dtype``, ``shape`` and ``stride``,
+    which the codec called ``codec`` made in chunks of ``chunk`` bytes. ``name`` is for messages. ``checksum``: CRC-32 of
+    ``encoded``, where that comes from a file; it is looked at once, before anything is decoded.
+    """
+
+    encoded: torch.Tensor
+    ATTRIBUTES = ("encoded", "codec", "chunk", "path", "checksum")
+
+    @staticmethod
+    def __new__(
+        cls,
+        encoded: torch.Tensor,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        stride: Sequence[int],
+        codec: str,
+        chunk: int,
+        name: str,
+        checksum: int | None = None,
+    ) -> EncodedTensor:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides=tuple(stride), dtype=dtype, device=encoded.device, requires_grad=False
+        )
+
+    def __init__(
+        self,
+        encoded: torch.Tensor,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        stride: Sequence[int],
+        codec: str,
+        chunk: int,
+        name: str,
+        checksum: int | None = None,
+    ) -> None:
+        self.encoded, self.codec, self.chunk, self.path, self.checksum = encoded, codec, chunk, name, checksum
+
+    def verify(self) -> None:
+        """Raises Corrupt where the bytes are not those that were written to the file."""
+        if self.checksum is not None:
+            found = zlib.crc32(memoryview(self.encoded.cpu().numpy()))
+            if found != self.checksum:
+                raise Corrupt(
+                    f"{self.path} is damaged: the checksum of its encoded bytes is {found:08x}, not {self.checksum:08x}. "
+                    "Download or copy the file again"
+                )
+            self.checksum = None
+
+    def chunks(self) -> Chunks:
+        """Where its chunks lie. Raises Corrupt."""
+        return read_chunks(self.encoded.cpu(), self.numel() * self.element_size(), self.chunk, self.path)
+
+    @property
+    def replaced(self) -> torch.Tensor | None:
+        """The plain tensor that somebody gave this one instead of its encoded bytes, by setting ``data``: moving a module
+        does that. None while it is what it was made of."""
+        storage = self.untyped_storage()
+        try:
+            if not storage.data_ptr():
+                return None
+        except RuntimeError:  # torch says so of a storage that is none
+            return None
+        with torch.inference_mode(self.is_inference()):
+            plain = torch.empty(0, dtype=self.dtype, device=self.device)
+            return plain.set_(storage, self.storage_offset(), self.shape, self.stride())
+
+    def decode(self, device: torch.device | None = None) -> torch.Tensor:
+        """The plain tensor, on ``device`` or where the encoded bytes are. Raises Corrupt, NoCodec."""
+        plain = self.replaced
+        if plain is not None:
+            return plain if device is None else plain.to(device)
+        target = torch.empty(
+            self.numel() * self.element_size(), dtype=torch.uint8, device=device or self.encoded.device
+        )
+        self.verify()
+        codec_named(self.codec).decode(self.encoded, self.chunks(), target, self.path)
+        return target.view(self.dtype).as_strided(self.shape, self.stride())
+
+    def over(self, encoded: torch.Tensor) -> EncodedTensor:
+        """The same with its bytes elsewhere."""
+        return EncodedTensor(
+            encoded, self.dtype, self.shape, self.stride(), self.codec, self.chunk, self.path, self.checksum
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        plain = self.replaced
+        copied = plain.clone() if plain is not None else self.over(self.encoded.clone())
+        if isinstance(self, nn.Parameter):
+            copied = nn.Parameter(copied, requires_grad=False)
+        memo[id(self)] = copied
+        return copied
+
+    def __repr__(self, **_: Any) -> str:
+        return f"EncodedTensor({tuple(self.shape)}, {self.dtype}, {len(self.encoded)} bytes of {self.codec})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _KEPT and args[0].replaced is None:
+            return args[0].over(args[0].encoded)
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(value, EncodedTensor) and value.replaced is None:
+                raise RuntimeError(
+                    f"{value.path} is kept encoded and cannot be changed in place; decode it and replace it"
+                )
+
+        def plain(value: Any) -> Any:
+            return value.decode() if isinstance(value, EncodedTensor) else value
+
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
