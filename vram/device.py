@@ -95,6 +95,19 @@ def resolve(device: torch.device | str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def why_not_stream(device: torch.device) -> str | None:
+    """Why models on ``device`` are not streamed, in words; None where they are: CUDA devices, which a ROCm build of PyTorch
+    calls its own too. Touches no device."""
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu":
+        return "the model runs on cpu, where there is no device memory to save"
+    name = {"privateuseone": "DirectML", "xpu": "an Intel GPU (xpu)", "mps": "an Apple GPU (mps)"}.get(
+        device.type, device.type
+    )
+    return f"the model runs on {name}, and block swap needs an NVIDIA card (or PyTorch for ROCm): CUDA's streams and page-locked memory"
+
+
 def facts(device: torch.device | str) -> DeviceFacts:
     """Name, compute capability, memory and link of ``device``; of a MIG slice its own memory. Raises NoDevice."""
     device = resolve(device)

@@ -19,6 +19,8 @@ def _initialise() -> str | None:
     """Start NVML once in this process. Returns None, or in words why it cannot be used."""
     if pynvml is None:
         return "nvidia-ml-py is not installed"
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm, and NVML knows NVIDIA's cards only"
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
@@ -46,7 +48,7 @@ def ask(device: torch.device, question: str, *arguments: Any) -> tuple[Any, str 
         return None, reason
     try:
         return getattr(pynvml, question)(_handle(str(torch.cuda.get_device_properties(device).uuid)), *arguments), None
-    except (pynvml.NVMLError, AttributeError) as error:
+    except (pynvml.NVMLError, AttributeError, RuntimeError) as error:  # an old driver or torch; a lost device
         return None, f"NVML does not answer {question} ({error})"
 
 

@@ -26,6 +26,7 @@ import torch
 
 from .. import limit
 from ..config import SwapConfig
+from ..device import why_not_stream
 from ..discover import Scope, find_blocks
 from ..memory import snapshot
 from ..packing import Patches
@@ -49,9 +50,10 @@ _static_models: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 def reason_to_pass(device: torch.device) -> str | None:
     """Why block swap leaves a model on ``device`` alone, in words; None when it does not."""
-    if device.type == "cuda" or os.environ.get(FORCE) == "1":
-        return None
-    return f"the model runs on {device.type}, where there is no device memory to save (set {FORCE}=1 to stream all the same)"
+    reason = why_not_stream(device)
+    if reason is None or device.type != "cpu":
+        return reason
+    return None if os.environ.get(FORCE) == "1" else f"{reason} (set {FORCE}=1 to stream all the same)"
 
 
 def wrap(model: Any, config: SwapConfig) -> Any:
