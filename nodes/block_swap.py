@@ -61,10 +61,13 @@ def swap_inputs() -> dict[str, Any]:
     }
 
 
+CARDS = 8  # that can be named; which there are is known when the model is loaded
 PLAN = "INTELLIGENT_VRAM_PLAN"
 PLAN_INPUT = (
     PLAN,
-    {"tooltip": "From Intelligent VRAM: used instead of the numbers here, but for empty_cache_freq."},
+    {
+        "tooltip": "From Intelligent VRAM: used instead of the numbers here, but for empty_cache_freq and offload_device."
+    },
 )
 
 
@@ -83,14 +86,35 @@ def lossless_input() -> tuple[list[str], dict[str, str]]:
     )
 
 
+def offload_device_input() -> tuple[list[str], dict[str, str]]:
+    """Where the weights wait. After ``lossless``, for the same reason."""
+    return (
+        ["cpu", *(f"cuda:{index}" for index in range(CARDS))],
+        {
+            "default": "cpu",
+            "tooltip": "Where the streamed weights wait: cpu is RAM; cuda:0, cuda:1, ... is the memory of another card than the "
+            "one that computes, as far as it has room, with the rest in RAM. Weights there are not encoded.",
+        },
+    )
+
+
 def chosen(
-    plan: Any, max_vram_gb: float, block_size_mb: int, swap_mode: str, empty_cache_freq: int, lossless: str = "auto"
+    plan: Any,
+    max_vram_gb: float,
+    block_size_mb: int,
+    swap_mode: str,
+    empty_cache_freq: int,
+    lossless: str = "auto",
+    offload_device: str = "cpu",
 ) -> SwapConfig:
-    """The configuration of a connected plan, else of the node's own numbers."""
+    """The configuration of a connected plan, else of the node's own numbers; a plan says nothing of ``offload_device``."""
     from ..vram.config import SwapConfig
 
-    config = SwapConfig.from_user(max_vram_gb, block_size_mb, swap_mode, empty_cache_freq, lossless=lossless)
-    return config if plan is None else replace(plan.config, empty_cache_every=config.empty_cache_every)
+    own = {"lossless": lossless, "offload_device": offload_device}
+    config = SwapConfig.from_user(max_vram_gb, block_size_mb, swap_mode, empty_cache_freq, **own)
+    if plan is None:
+        return config
+    return replace(plan.config, empty_cache_every=config.empty_cache_every, offload_device=config.offload_device)
 
 
 class BlockSwapWrapper:
@@ -114,7 +138,11 @@ class BlockSwapWrapper:
         )
         return {
             "required": {"model": model, **swap_inputs()},
-            "optional": {"plan": PLAN_INPUT, "lossless": lossless_input()},
+            "optional": {
+                "plan": PLAN_INPUT,
+                "lossless": lossless_input(),
+                "offload_device": offload_device_input(),
+            },
         }
 
     def wrap(
@@ -126,8 +154,9 @@ class BlockSwapWrapper:
         empty_cache_freq: int,
         plan: Any = None,
         lossless: str = "auto",
+        offload_device: str = "cpu",
     ) -> tuple[Any]:
         from ..vram.hosts import comfy
 
-        config = chosen(plan, max_vram_gb, block_size_mb, swap_mode, empty_cache_freq, lossless)
+        config = chosen(plan, max_vram_gb, block_size_mb, swap_mode, empty_cache_freq, lossless, offload_device)
         return (comfy.wrap(model, config),)

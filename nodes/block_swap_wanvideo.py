@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from .block_swap import PLAN_INPUT, chosen, lossless_input, swap_inputs
+from .block_swap import PLAN_INPUT, chosen, lossless_input, offload_device_input, swap_inputs
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class BlockSwapWrapperWanVideo:
                 "plan": PLAN_INPUT,
                 "model": ("WANVIDEOMODEL", {"tooltip": "From WanVideoModelLoader; LoRAs may be set before or after."}),
                 "lossless": lossless_input(),
+                "offload_device": offload_device_input(),
             },
         }
 
@@ -94,12 +95,13 @@ class BlockSwapWrapperWanVideo:
         model: Any = None,
         plan: Any = None,
         lossless: str = "auto",
+        offload_device: str = "cpu",
     ) -> tuple[Any, dict[str, Any]]:
         from comfy_execution.graph_utils import ExecutionBlocker
 
         from ..vram.hosts import wanvideo
 
-        config = chosen(plan, max_vram_gb, block_size_mb, swap_mode, empty_cache_freq, lossless)
+        config = chosen(plan, max_vram_gb, block_size_mb, swap_mode, empty_cache_freq, lossless, offload_device)
         args = wanvideo.arguments(
             config,
             blocks_to_swap=blocks_to_swap if plan is None else 0,
