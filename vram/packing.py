@@ -141,8 +141,9 @@ class PackedModel:
             return written
 
     def _pack_away(self, patches: Patches, progress: Progress | None) -> int:
-        """Copy segments to the other card, as far as it has room. Returns the bytes written."""
-        waiting = [segment for segment in self._segments if segment.away is None]
+        """Copy segments to the other card, as far as it has room. Returns the bytes written. What is kept encoded stays in RAM,
+        where its tables are read and patched weights are encoded anew."""
+        waiting = [segment for segment in self._segments if segment.away is None and not segment.is_encoded]
         if self.offload is None or not waiting:
             return 0
         room, written = self.offload.room, 0

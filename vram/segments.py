@@ -62,6 +62,11 @@ class Segment:
         return self.host is not None or self.away is not None
 
     @property
+    def is_encoded(self) -> bool:
+        """Whether any of its layers is kept encoded."""
+        return any(layer.is_encoded for layer in self.layers)
+
+    @property
     def parts(self) -> list[torch.Tensor]:
         """The weights' own plain tensors."""
         return [part for layer in self.layers for packed in layer.entries for part in packed.inner]

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from intelligent_vram.vram import PackedModel, Patches, SwapConfig, attach
+from intelligent_vram.vram.coding import Coding
 from intelligent_vram.vram.offload import OffloadDevice, find_offload_device
 from intelligent_vram.vram.plan import MODES
 from intelligent_vram.vram.rest import sort_tensors
@@ -172,6 +173,23 @@ def test_progress_goes_up_to_its_total(room):
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[-1] == (packed.packed_bytes, packed.packed_bytes)
     packed.close()
+
+
+@torch.no_grad()
+def test_weights_that_came_encoded_stay_in_ram():
+    model = build("blocks in a list", torch.bfloat16)
+    weights, config, coding = contents(model), SwapConfig(mode="chunkwise", block_size=9000), Coding(CPU)
+    coding.prepare("on", sort_tensors(model, config)[0], None, None)
+    packed = packed_model(model, config, place())
+    packed.pack(adding(0.5))
+    encoded = [segment for segment in packed._segments if segment.is_encoded]
+    assert encoded
+    for segment in packed._segments:
+        assert (segment.away is None) == segment.is_encoded == (segment.host is not None)
+    packed.pack()
+    packed.close()
+    coding.decode()
+    assert all(torch.equal(weight, weights[path]) for path, weight in contents(model).items())
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
