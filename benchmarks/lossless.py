@@ -65,13 +65,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 7800, 32760])
-    parser.add_argument("--files", type=Path)
+    parser.add_argument(
+        "--files", type=Path, help="a folder with room for two files of the model: measure set-up from files too"
+    )
+    parser.add_argument("--only-files", action="store_true")
     parser.add_argument("-v", action="store_true")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO if args.v else logging.WARNING, format="%(message)s")
     config = replace(WAN_14B, num_layers=args.layers)
     with torch.inference_mode():
-        compare(config, args)
+        if not args.only_files:
+            compare(config, args)
         if args.files is not None:
             from_files(config, args.files)
 
@@ -112,6 +116,7 @@ def compare(config: object, args: argparse.Namespace) -> None:
 
 def from_files(config: object, folder: Path) -> None:
     """Set-up from a plain and from an encoded file; both are in the page cache."""
+    folder.mkdir(parents=True, exist_ok=True)
     plain, packed = folder / "plain.safetensors", folder / "encoded.safetensors"
     save_file(random_model(config, torch.bfloat16, "cuda").cpu().state_dict(), plain)
     start = time.perf_counter()
