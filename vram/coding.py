@@ -6,6 +6,7 @@ EncodedTensors: the same tensor objects, read by whoever reads them as before, b
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -166,7 +167,7 @@ class Coding:
         error the model is to be given to ``decode``.
         """
         codec = self._codec(choice)
-        decode_all(foreign(layers, None if codec is None else codec.name))
+        decode_all(foreign(layers, None if codec is None else codec.name), self.device)
         if codec is None:
             self._encoded.clear()
             return
@@ -256,7 +257,7 @@ class Coding:
     def decode(self) -> bool:
         """Let the weights that were encoded here be plain again, in host memory. Whether there were any."""
         found = list({id(tensor): tensor for tensor in self._encoded if is_encoded(tensor)}.values())
-        decode_all(found)
+        decode_all(found, self.device)
         self._encoded.clear()
         self._left.clear()
         return bool(found)
@@ -266,11 +267,13 @@ def _has_plain(layer: Layer) -> bool:
     return any(not is_encoded(leaf) for slotted in layer.tensors for leaf in leaves(slotted.tensor))
 
 
-def decode_all(tensors: Sequence[EncodedTensor]) -> None:
-    """Let encoded tensor objects be the plain tensors, in host memory. Raises Corrupt, NoCodec."""
+def decode_all(tensors: Sequence[EncodedTensor], device: torch.device) -> None:
+    """Let encoded tensor objects be the plain tensors, in host memory, decoded on ``device`` if it is a GPU. Raises Corrupt,
+    NoCodec."""
 
     def plain(tensor: EncodedTensor) -> torch.Tensor:
-        with torch.inference_mode(tensor.is_inference()):
+        on = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with torch.inference_mode(tensor.is_inference()), on:
             return tensor.decode()
 
     workers = max(1, min(WORKERS, os.cpu_count() or 1))
