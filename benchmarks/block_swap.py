@@ -29,11 +29,11 @@ PEERS = ("block_level", "leaf_level")
 
 def configurations(layers: int, block_size: int) -> dict[str, SwapConfig]:
     """What is measured of this pack, by name."""
-    chunk = SwapConfig(mode="chunkwise", block_size=block_size)
+    chunk = SwapConfig(mode="chunkwise", block_size=block_size, lossless="off")
     return {
         "every block streamed": replace(chunk, streamed_blocks=layers),
         "every second block streamed": replace(chunk, streamed_blocks=layers // 2),
-        "layerwise, everything streamed": SwapConfig(mode="layerwise"),
+        "layerwise, everything streamed": SwapConfig(mode="layerwise", lossless="off"),
     }
 
 
@@ -171,7 +171,7 @@ class Bench:
         """A mode under a limit: the floor is that of the bytes it ends up streaming at each token count."""
         model = self.model()
         start = time.perf_counter()
-        config = SwapConfig(mode=mode, max_vram=round(gib * GIB), block_size=self.args.block_size * MIB)
+        config = SwapConfig(mode=mode, max_vram=round(gib * GIB), block_size=self.args.block_size * MIB, lossless="off")
         swap = attach(model, config, self.device)
         setup = time.perf_counter() - start
         outside = snapshot(self.device).outside_torch

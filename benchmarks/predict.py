@@ -166,7 +166,9 @@ def accuracy(hosts: Hosts, args: argparse.Namespace) -> list[Row]:
     rows = []
     for name, run in ((COMFY, hosts.comfyui), (WANVIDEO, hosts.wanvideo)):
         for dtype, file in hosts.files.items():
-            attempt(run, dtype, min(args.tokens), SwapConfig())  # loads kernels, which are device memory too
+            attempt(
+                run, dtype, min(args.tokens), SwapConfig(lossless="off")
+            )  # loads kernels, which are device memory too
             for tokens in args.tokens:
                 for limit in (int(limit * GIB) for limit in args.limits):
                     card, attention = measure(name)
@@ -175,7 +177,7 @@ def accuracy(hosts: Hosts, args: argparse.Namespace) -> list[Row]:
                         advice = advise(read_model(file), card, wishes, tokens, name, attention)
                         predicted, config = advice.prediction, advice.config
                     except LimitTooSmall:
-                        predicted, config = None, SwapConfig(max_vram=limit)
+                        predicted, config = None, SwapConfig(max_vram=limit, lossless="off")
                     figures = attempt(run, dtype, tokens, config)
                     row = Row(
                         name,
@@ -211,10 +213,12 @@ def sweep(hosts: Hosts, args: argparse.Namespace) -> list[dict[str, Any]]:
     limit = int(args.limits[0] * GIB)
     results = []
     for tokens in args.tokens:
-        automatic = attempt(hosts.wanvideo, "bf16", tokens, SwapConfig(max_vram=limit))
+        automatic = attempt(hosts.wanvideo, "bf16", tokens, SwapConfig(max_vram=limit, lossless="off"))
         times: dict[int, float] = {}
         for count in range(hosts.config.num_layers + 1):
-            figures = attempt(hosts.wanvideo, "bf16", tokens, SwapConfig(max_vram=limit, streamed_blocks=count))
+            figures = attempt(
+                hosts.wanvideo, "bf16", tokens, SwapConfig(max_vram=limit, streamed_blocks=count, lossless="off")
+            )
             if figures is not None:
                 times[count] = figures[1]
         best = min(times, key=times.__getitem__)

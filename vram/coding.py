@@ -157,11 +157,18 @@ class Coding:
         self._left: set[int] = set()  # ids of modules whose weights it did not pay to encode
 
     def prepare(
-        self, choice: str, layers: Sequence[Layer], budget: int | None = None, progress: Progress | None = None
+        self,
+        choice: str,
+        layers: Sequence[Layer],
+        budget: int | None = None,
+        progress: Progress | None = None,
+        *,
+        for_speed: bool = True,
     ) -> None:
         """Encode or decode the weights of layers as a user's ``choice`` says. "on": encode what gets smaller. "auto": what
-        is faster that way on this card and link, and anything that gets smaller where plain weights would not fit the
-        ``budget`` for page-locked RAM. "off": nothing is encoded, and what comes encoded is decoded.
+        is faster that way on this card and link (``for_speed``: unless speed is not what is asked for, because buffers for
+        decoding take device memory), and anything that gets smaller where plain weights would not fit the ``budget`` for
+        page-locked RAM. "off": nothing is encoded, and what comes encoded is decoded.
 
         Raises NoCodec for "on" where nvCOMP is missing, and for weights that come encoded and cannot be decoded here. On an
         error the model is to be given to ``decode``.
@@ -181,7 +188,7 @@ class Coding:
             must = choice == ON or sum(layer.nbytes for layer in layers) > (
                 process_budget().quota() if budget is None else budget
             )
-            rates = None if must else workers.measure(max(rest, key=lambda layer: layer.nbytes))
+            rates = workers.measure(max(rest, key=lambda layer: layer.nbytes)) if for_speed and not must else None
             if must or rates is not None:
                 self._encode(workers, rest, None if rates is None else rates.pays, progress)
         except torch.OutOfMemoryError as reason:

@@ -171,7 +171,8 @@ class Swap:
     ) -> PackedModel:
         """The weights of layers encoded or not, and each with a place: that in ``packed`` if they are still the same."""
         self._coding = packed.coding if packed is not None else Coding(self.device)
-        self._coding.prepare(lossless, layers, self.config.host_budget, progress)
+        least_memory = self.config.mode == "layerwise"
+        self._coding.prepare(lossless, layers, self.config.host_budget, progress, for_speed=not least_memory)
         if packed is not None and not packed.renew(layers):
             packed.close()
             packed = None

@@ -184,7 +184,12 @@ def test_memory_after_many_runs_is_what_it_was_after_a_few() -> None:
             lambda path, strength=strength: strength if strength and path.endswith("q.weight") else None,
             lambda path, tensor, strength=strength: tensor + strength,
         )
-        config = SwapConfig(mode=MODES[run % 3], max_vram=(GIB // 2 + outside(), None)[run % 2], block_size=64 * MIB)
+        config = SwapConfig(
+            mode=MODES[run % 3],
+            max_vram=(GIB // 2 + outside(), None)[run % 2],
+            block_size=64 * MIB,
+            lossless="auto" if run % 12 == 7 else "off",
+        )
         if packed[which] is not None and run % 5 == 0:
             packed[which] = None  # another process would have forgotten it
         swap = attach(models[which], config, "cuda", patches=lora, packed=packed[which])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from .checkpoints import HUNYUAN_POOLED_DIM, write_wan
 from .comfy import ComfyServer, Host, PromptFailed
-from .workflows import Patch, lora, saved_latent, text_to_video
+from .workflows import Patch, in_block, lora, saved_latent, text_to_video
 
 pytestmark = pytest.mark.host
 
@@ -236,7 +236,7 @@ def test_different_models_are_refused_with_what_differs(
 
 
 def test_a_comparison_can_be_interrupted_and_run_again(comfy_server: ComfyServer, wan: str) -> None:
-    slow = ("TestRaiseInBlock", {"block_type": "double_block", "block": 0, "raise_at": 0, "sleep_seconds": 2.0})
+    slow = in_block(0, sleep_seconds=2.0)
     start = len(comfy_server.log_text())
     prompt = comfy_server.queue(comparison(wan, wan, dtype="fp8_e4m3fn", between=[slow], seed=77))
     comfy_server.wait_log("TestRaiseInBlock: call 1", start=start)
@@ -248,7 +248,7 @@ def test_a_comparison_can_be_interrupted_and_run_again(comfy_server: ComfyServer
 
 def test_a_forward_that_raises_leaves_the_models_whole(comfy_server: ComfyServer, wan: str) -> None:
     expected = saved_latent(comfy_server.run(text_to_video(wan, seed=31)))
-    broken = ("TestRaiseInBlock", {"block_type": "double_block", "block": 2, "raise_at": 1, "sleep_seconds": 0.0})
+    broken = in_block(2, raise_at=1)
     with pytest.raises(PromptFailed, match="raises at call 1"):
         ask(comfy_server, wan, wan, between=[broken])
     probed = comfy_server.run(text_to_video(wan, seed=30, probe=True))
