@@ -61,6 +61,7 @@ def swap_inputs() -> dict[str, Any]:
     }
 
 
+RAM = "cpu"  # where weights wait, unless the user names another card
 CARDS = 8  # that can be named; which there are is known when the model is loaded
 PLAN = "INTELLIGENT_VRAM_PLAN"
 PLAN_INPUT = (
@@ -89,9 +90,9 @@ def lossless_input() -> tuple[list[str], dict[str, str]]:
 def offload_device_input() -> tuple[list[str], dict[str, str]]:
     """Where the weights wait. After ``lossless``, for the same reason."""
     return (
-        ["cpu", *(f"cuda:{index}" for index in range(CARDS))],
+        [RAM, *(f"cuda:{index}" for index in range(CARDS))],
         {
-            "default": "cpu",
+            "default": RAM,
             "tooltip": "Where the streamed weights wait: cpu is RAM; cuda:0, cuda:1, ... is the memory of another card than the "
             "one that computes, as far as it has room, with the rest in RAM. Weights there are not encoded.",
         },
@@ -105,12 +106,12 @@ def chosen(
     swap_mode: str,
     empty_cache_freq: int,
     lossless: str = "auto",
-    offload_device: str = "cpu",
+    offload_device: str = RAM,
 ) -> SwapConfig:
     """The configuration of a connected plan, else of the node's own numbers; a plan says nothing of ``offload_device``."""
     from ..vram.config import SwapConfig
 
-    own = {"lossless": lossless, "offload_device": offload_device}
+    own = {"lossless": lossless, "offload_device": None if offload_device == RAM else offload_device}
     config = SwapConfig.from_user(max_vram_gb, block_size_mb, swap_mode, empty_cache_freq, **own)
     if plan is None:
         return config
