@@ -83,6 +83,7 @@ def test_a_pipeline_that_keeps_its_frames_is_found_with_what_holds_them():
     growth = watched(pipe.step)
     assert growth.grows is True
     assert counter(growth, LIVE).per_mark == pytest.approx(1.5 * MIB + 102400)
+    assert len(growth.kinds) == 2, growth.kinds
     frames, cache = growth.kinds
     assert (frames.count, frames.nbytes, frames.holders) == (6, 6 * 3 * MIB // 2, ("Pipe.videos[*]",))
     assert (cache.count, cache.nbytes, cache.holders) == (6, 6 * 102400, ("Pipe.state['decoder_cache'][*]['k']",))
