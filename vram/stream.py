@@ -12,16 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import torch
-
-from .decoding import Decoder
+from .copier import Copier
 from .link import Link
 from .on_demand import CopySchedule
 from .order import Order
 from .repeat import out_of_memory
-from .slots import Load, Slot, StreamUnit
-from .staging import StagingRing
-from .telemetry import Copy, Telemetry, Visit
+from .slots import Slot, StreamUnit
+from .telemetry import Telemetry, Visit
 from .units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -56,8 +53,7 @@ class Streamer:
         self._compute: object = None
         self._host_seconds = 0.0
         self._failed_ahead = False
-        self._staging = StagingRing(link)
-        self._decoder = Decoder(link)
+        self._copier = Copier(link, telemetry)
 
     # -- configuration, between forwards ---------------------------------------------------------------------------
 
@@ -67,7 +63,7 @@ class Streamer:
         with self.lock:
             self.release_all()
             self.slots = []
-            self._decoder.configure(max((unit.link_bytes for unit in units if unit.coding is not None), default=0))
+            self._copier.configure(units)
             self.units, self._unit_of = units, unit_of
             self.floating = slots == 0
             self._spilled = 0
@@ -77,7 +73,7 @@ class Streamer:
             self.link.trim()  # slots and resident units in memory of their own, not in splinters of the last plan's
             self._numbers = 0
             self.slots = [Slot(self.link.empty(slot_bytes), self._next_number()) for _ in range(slots)]
-            self._decoder.allocate()
+            self._copier.allocate()
 
     def make_resident(self, unit: StreamUnit) -> None:
         """Copy a unit into device memory of its own and leave it bound. Needs ``unit.nbytes`` of device memory."""
@@ -85,7 +81,7 @@ class Streamer:
             self._drop_load(unit)
             slot = Slot(self.link.empty(unit.nbytes), -1)
             stream = self.link.compute_stream()
-            self._issue(unit, slot)
+            self._copier.issue(unit, slot)
             try:
                 self._await(unit, stream)
             finally:
@@ -130,8 +126,7 @@ class Streamer:
                 for unit in self.units:
                     if unit.load is not None:
                         unit.load.failed()
-                self.link.synchronize()
-                self._decoder.synchronize()
+                self._copier.synchronize()
             finally:
                 for unit in self.units:
                     if unit.bound:
@@ -150,11 +145,11 @@ class Streamer:
                 self.release_all()
             finally:
                 self.slots = []
-                self._decoder.release()
+                self._copier.release()
 
     def close(self) -> None:
         """Unbind everything, end the staging thread, give back all device memory. Finishes also when the device is lost."""
-        for part in (self.drop_slots, self._staging.close):
+        for part in (self.drop_slots, self._copier.close):
             try:
                 part()
             except Exception as error:
@@ -167,7 +162,7 @@ class Streamer:
         """Device memory that slots, resident units, loads and the decoder's buffers take now."""
         resident = sum(unit.nbytes for unit in self.units if unit.resident is not None)
         slots = sum(slot.buffer.numel() for slot in self.slots)
-        return resident + slots + self.floating_bytes + self._decoder.nbytes
+        return resident + slots + self.floating_bytes + self._copier.nbytes
 
     def relearn(self) -> None:
         """The set of resident units changed, or what a forward needs is to be measured anew."""
@@ -324,7 +319,7 @@ class Streamer:
         failed = load.failed()
         unit.slot = unit.load = slot.unit = None
         if failed:
-            self._abandon(slot)
+            self._copier.abandon(slot)
         if slot.number < 0:
             self.floating_bytes -= slot.buffer.numel()
             if not failed:
@@ -335,78 +330,11 @@ class Streamer:
     def _fetch(self, unit: StreamUnit, slot: Slot) -> None:
         """Queue the copy of ``unit`` into a slot, or into memory of its own."""
         try:
-            self._issue(unit, slot)
+            self._copier.issue(unit, slot)
         except BaseException:
             if slot.number < 0:
                 self.floating_bytes -= slot.buffer.numel()
             raise
-
-    def _issue(self, unit: StreamUnit, slot: Slot) -> None:
-        """Queue the copy of ``unit`` into ``slot``, behind the compute that last used the slot."""
-        if slot.unit is not None:
-            slot.unit.load.failed()  # a copy through the staging ring is queued late, but before this one
-            slot.unit.slot = slot.unit.load = None
-            slot.unit = None
-        link = self.link
-        copy = Copy(unit.index, unit.link_bytes, link.event(), link.event())
-        if unit.coding is not None:
-            copy.plain, copy.decoding, copy.ready = unit.nbytes, link.event(), link.event()
-        load = Load(copy.last)
-        try:
-            if not isinstance(unit.source, torch.Tensor):
-                self._issue_staged(unit, slot, load, copy)
-            else:
-                buffer = self._decoder.take(load) if unit.coding is not None else None
-                free = slot.free if buffer is None else buffer.free
-                if free is not None:
-                    link.copy_waits_for(free)
-                copy.begin.record(link.stream)
-                link.copy(unit.target(slot) if buffer is None else buffer.memory[: unit.link_bytes], unit.source)
-                copy.end.record(link.stream)
-                if buffer is not None:
-                    self._decoder.decode(unit, buffer, slot, copy)
-                self.telemetry.copy(copy)
-        except BaseException:
-            self._abandon(slot)
-            raise
-        # not before the copy is queued: else a slot that holds other bytes would be taken for the unit
-        unit.slot, unit.load, slot.unit = slot, load, unit
-
-    def _abandon(self, slot: Slot) -> None:
-        """A copy into ``slot`` failed, perhaps half-way. Memory of its own must not be used again before that has ended, nor a
-        slot that something is decoded into; a slot's next copy is queued behind it."""
-        if slot.number < 0 or self._decoder.nbytes:
-            try:
-                self.link.synchronize()
-                self._decoder.synchronize()
-            except Exception as error:  # the device is lost, and with it whatever was under way
-                log.debug("copies cannot be waited for: %s", str(error))
-
-    def _issue_staged(self, unit: StreamUnit, slot: Slot, load: Load, copy: Copy) -> None:
-        """The same through the staging ring, whose thread does it a little later."""
-        load.issued = threading.Event()
-        buffer = None if unit.coding is None else self._decoder.take(load, staged=True)
-        free, link = slot.free, self.link
-
-        def before() -> None:
-            begin = free if buffer is None else buffer.free
-            if begin is not None:
-                link.copy_waits_for(begin)
-            copy.begin.record(link.stream)
-
-        def after(error: Exception | None) -> None:
-            try:
-                copy.end.record(link.stream)
-                if error is None and buffer is not None:
-                    self._decoder.decode(unit, buffer, slot, copy)
-            except Exception as failure:
-                error = error or failure
-            load.error = error
-            if error is None:
-                self.telemetry.copy(copy)
-            load.issued.set()
-
-        self._staging.submit(unit.source, slot.buffer if buffer is None else buffer.memory, before, after)
 
     def _demand_slot(self, unit: StreamUnit) -> Slot:
         """A slot for a unit that is needed now and that nobody fetched."""
