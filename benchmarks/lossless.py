@@ -21,12 +21,14 @@ import torch
 from intelligent_vram.cli.wan import WAN_14B, WanModel, meta_model, random_model, sample_inputs
 from intelligent_vram.quant.lossless import compress_file
 from intelligent_vram.vram import Swap, SwapConfig, attach
+from intelligent_vram.vram.adapt import SETTLED
 from intelligent_vram.vram.encoded_file import load_encoded
 from intelligent_vram.vram.units import GIB, MIB
 from measure import copy_bandwidth, forwards, reset_peaks
 from safetensors.torch import load_file, save_file
 
 DEVICE = torch.device("cuda", 0)
+SETTLING = 3 * SETTLED  # forwards after which the engine has made its choices
 
 
 def configurations(layers: int) -> dict[str, SwapConfig]:
@@ -47,18 +49,16 @@ def ram() -> int:
 def measured(
     model: WanModel, config: SwapConfig, inputs: dict, expected: dict
 ) -> Iterator[tuple[int, float, Swap, int]]:
-    """Tokens, seconds of a forward, the swap and peak bytes for each number of tokens."""
-    swap = attach(model, config, DEVICE)
+    """Tokens, seconds of a forward, the swap and peak bytes for each number of tokens, attached anew for each."""
     for tokens, args in inputs.items():
-        for _ in range(4):
+        swap = attach(model, config, DEVICE)
+        for _ in range(SETTLING):
             assert torch.equal(model(*args), expected[tokens])
         reset_peaks(DEVICE)
         per_group = 6 if tokens < 20000 else 3
         result = forwards(lambda args=args: model(*args), DEVICE, 5, per_group)
         yield tokens, result.seconds, swap, result.peak_allocated
-    start = time.perf_counter()
-    swap.detach()
-    logging.info("detached in %.2f s", time.perf_counter() - start)
+        swap.detach()
 
 
 def main() -> None:
@@ -90,28 +90,25 @@ def compare(config: object, args: argparse.Namespace) -> None:
     }
     model.cpu()
     print(f"{torch.cuda.get_device_name()}, link {bandwidth / 1e9:.1f} GB/s, {args.layers} blocks")
-    print(
-        f"{'':30} {'tokens':>6} {'floor':>7} {'plain':>7} {'encoded':>7} {'enc/plain':>9} {'enc/floor':>9} {'memory':>9}"
-    )
+    print(f"{'':27} {'tokens':>6} {'floor':>7} {'off':>7} {'here':>7} {'here/off':>9} {'/floor':>9} {'memory':>9}")
     for name, plain in configurations(args.layers).items():
         before: dict[int, tuple[float, float, int]] = {}
         for tokens, seconds, swap, peak in measured(model, plain, inputs, expected):
             floor = max(resident[tokens], swap.plan.streamed_bytes / bandwidth)
             before[tokens] = seconds, floor, peak
-            arena, setup = swap.packed.host_bytes, swap.setup_seconds
-        for tokens, seconds, swap, peak in measured(model, replace(plain, lossless="auto"), inputs, expected):
-            was, floor, was_peak = before[tokens]
-            print(
-                f"{name:30} {tokens:6} {floor:7.4f} {was:7.4f} {seconds:7.4f} {seconds / was:9.3f} {seconds / floor:9.3f} "
-                f"{(peak - was_peak) / MIB:+6.0f} MiB",
-                flush=True,
-            )
-            record, ratio = swap.telemetry.last(wait=True), swap.packed.host_bytes / arena
-            largest = max(unit.encoded for unit in swap.plan.units) / MIB
-        print(
-            f"  arena {ratio:.3f} of the plain one; set-up {swap.setup_seconds:.2f} s, plain {setup:.2f} s; "
-            f"decoding {record.decode_seconds * 1000:.2f} ms a forward; largest unit {largest:.0f} MiB encoded"
-        )
+            arena = swap.packed.host_bytes
+        for choice in ("auto", "on"):
+            for tokens, seconds, swap, peak in measured(model, replace(plain, lossless=choice), inputs, expected):
+                was, floor, was_peak = before[tokens]
+                record, coded = swap.telemetry.last(wait=True), swap.plan.encoded_bytes
+                largest = max(unit.encoded for unit in swap.plan.units) / MIB
+                print(
+                    f"{name:22} {choice:4} {tokens:6} {floor:7.4f} {was:7.4f} {seconds:7.4f} {seconds / was:9.3f} "
+                    f"{seconds / floor:9.3f} {(peak - was_peak) / MIB:+6.0f} MiB {'encoded' if coded else 'plain'}, arena "
+                    f"{swap.packed.host_bytes / arena:.3f}, largest unit {largest:.0f} MiB, set-up {swap.setup_seconds:.2f} s, "
+                    f"decoding {record.decode_seconds * 1000:.2f} ms",
+                    flush=True,
+                )
 
 
 def from_files(config: object, folder: Path) -> None:

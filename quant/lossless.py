@@ -28,7 +28,7 @@ from .source import Located, Refused
 from .staging import ReadAhead
 from .write import ALIGNMENT, whole_file, write_at
 
-SMALLEST = 16 * KIB  # a tensor with fewer bytes is not encoded
+SMALLEST = 2 * KIB  # a tensor with fewer bytes is not encoded; a bias is, because a layer is encoded as a whole
 AT_ONCE = 4  # tensors that are encoded, hashed or decoded at the same time
 
 Progress = Callable[[int, int], None]

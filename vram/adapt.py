@@ -22,6 +22,7 @@ FIRST_SLOTS = 3
 FIRST_SHARE = 0.6  # of what is free for units and activations, before activations are known
 MARGIN = 32 * MIB
 REGROW_AFTER = 8
+SETTLED = 3  # forwards after the measured one until it is asked if other weights would be faster
 LOOKS = 3  # forwards after each plan whose memory is looked at once more
 SINGLE_LAYERS = 4  # times that memory ran out: units of a half, a quarter, an eighth of their size, then layer by layer
 CAUTION = 8 * MARGIN  # left free after memory ran out, doubled each time
@@ -35,7 +36,8 @@ class Adapter:
     A forward with larger inputs than any before is run with every unit streamed and is measured: what the allocator
     reserves beside the units, and, in adaptive mode, compute times and bandwidth. From the next forward on as many
     units are resident as the limit holds. Adaptive mode then looks again at what is really needed, until that changes nothing, and goes on watching
-    the limit: what other programs take or give back changes the plan; chunkwise keeps it.
+    the limit: what other programs take or give back changes the plan; chunkwise keeps it. Once the plan is settled, the
+    weights are encoded, or decoded again, where forwards are shorter that way, and the next one is measured anew.
 
     When memory runs out in a forward, ``shrink`` finds the next smaller plan, down to single layers that get memory only
     while they compute; what the limit holds is then resident again, with more caution each time.
@@ -55,6 +57,8 @@ class Adapter:
         self._planned_budget = 0
         self._looks = 0
         self._wait = 0
+        self._settled = 0
+        self._weighed = -1
         self._margin = MARGIN if swap.device.type == "cuda" else 0
         self._measured_units: tuple[Unit, ...] = ()
         self._timing: Timing | None = None
@@ -87,7 +91,9 @@ class Adapter:
         swap = self.swap
         before, self._elements = self._elements, elements
         cuda = swap.device.type == "cuda"
-        if elements > self._largest:
+        if elements > self._largest or (
+            self._settled >= SETTLED and before == elements == self._largest > self._weighed and self._recoded()
+        ):
             self._begin_measuring(budget)
         elif self._fixed and self._starved:
             self._return_to_asked()
@@ -101,7 +107,7 @@ class Adapter:
     def _begin_measuring(self, budget: int) -> None:
         swap = self.swap
         self._measuring = True
-        self._looks = 0
+        self._looks = self._settled = 0
         if not self._fixed or self._lost:
             self._lost = False
             plan = self.first()
@@ -132,6 +138,7 @@ class Adapter:
     def after(self, completed: bool) -> None:
         """The forward is over."""
         if not self._measuring:
+            self._settled += completed and self._elements == self._largest
             return
         self._measuring = False
         if not completed:
@@ -202,6 +209,14 @@ class Adapter:
         if plan != self.swap.plan:
             log.info("block swap: back to the plan that was asked for: %s", plan.describe())
             self.swap.apply(plan)
+
+    def _recoded(self) -> bool:
+        """Whether forwards like the last one are shorter with weights encoded, or plain again, and they are so now. Asked once
+        for each size of inputs."""
+        swap = self.swap
+        self._weighed = self._elements
+        record = swap.telemetry.last(wait=True) if swap.may_recode else None
+        return record is not None and record.index == swap.telemetry.forwards - 1 and swap.recode(record)
 
     def _decide(self, budget: int) -> None:
         """The first plan after a measurement."""

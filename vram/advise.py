@@ -9,6 +9,7 @@ to what is free less the reserve; where it does not, because copies hide behind 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +20,10 @@ from .hardware import CONTEXT, Hardware
 from .hosts import traits
 from .last_runs import LastRun
 from .model_facts import ModelFacts, PackedSizes
-from .plan import LimitTooSmall, within
+from .plan import LayerSize, LimitTooSmall, within
 from .predict import Prediction, Work, as_encoded, predict, work
 from .units import MIB, format_bytes
+from .worth import GAIN
 
 RESERVE = 0.1  # of the card
 USABLE_RAM = 0.8  # of what is free
@@ -190,9 +192,9 @@ class _Adviser:
         self.available = available_vram(card)
         self.usable_ram = int(USABLE_RAM * card.host_available)
         self.remarks: list[str] = []
-        self._layers = sizes.layers
+        self._encoded: tuple[LayerSize, ...] | None = None
         if wishes.lossless != "off" and card.device != "cpu" and is_installed():
-            self._layers = as_encoded(sizes.layers, facts.weights)
+            self._encoded = as_encoded(sizes.layers, facts.weights)
         self._link = card.to_device * (1.0 if wishes.auto else wishes.bandwidth)
 
     def advise(self, base: SwapConfig) -> Advice:
@@ -247,7 +249,19 @@ class _Adviser:
             return None
 
     def _predict(self, config: SwapConfig, limit: int) -> Prediction:
-        return predict(self._layers, config, limit, self.work, self.beside, self._link, context_of(self.card))
+        """With plain weights, or encoded ones: as the user says, else as the engine will choose."""
+
+        def of(layers: Sequence[LayerSize]) -> Prediction:
+            return predict(layers, config, limit, self.work, self.beside, self._link, context_of(self.card))
+
+        if self._encoded is not None and self.wishes.lossless == "on":
+            return of(self._encoded)
+        plain = of(self.sizes.layers)
+        must = config.host_budget is not None and plain.arena > config.host_budget
+        if self._encoded is None or not (must or plain.seconds > (1 + GAIN) * plain.compute):
+            return plain
+        encoded = of(self._encoded)
+        return encoded if must or encoded.seconds < (1 - GAIN) * plain.seconds else plain
 
     def _blocks(self) -> int | None:
         wishes = self.wishes

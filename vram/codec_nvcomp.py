@@ -27,6 +27,7 @@ from .units import MIB
 
 NAME = "nvcomp6-ans"
 MAJOR = 6
+FEW = MIB  # bytes that are copied from pageable memory
 PIECE = 16 * MIB  # plain bytes that are encoded, or decoded into host memory, at once
 BACKEND_CUDA = 2
 TYPE_BITS = 0xFF  # for decoding: as the encoded bytes say
@@ -153,8 +154,8 @@ class NvcompCodec:
         return self._streams.bounce.buffer
 
     def _page_locked(self, source: torch.Tensor) -> torch.Tensor:
-        """Up to PIECE bytes, in page-locked memory where they are in host memory. What was there before has been read."""
-        if source.is_cuda:
+        """Up to PIECE bytes, in page-locked memory where they are many in host memory. What was there before has been read."""
+        if source.is_cuda or len(source) < FEW:
             return source
         bounce = self._bounce()[: len(source)]
         ctypes.memmove(bounce.data_ptr(), source.data_ptr(), len(source))

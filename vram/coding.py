@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,31 +21,28 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .arena import HostSegment
-from .codec import WORTH, Batch, Codec, NoCodec, codec_for, kind_of, padded, read_chunks
+from .codec import Batch, Codec, NoCodec, codec_for, kind_of, padded, read_chunks
 from .config import LOSSLESS as CHOICES
 from .discover import Layer
-from .encoded import EncodedTensor
+from .encoded import EncodedTensor, is_encoded
+from .encoding import WORKERS, Made, Workers, flat_bytes
 from .host_budget import process_budget
-from .layout import TensorSpec, leaves, plan_tensor
+from .layout import TensorSpec, align, leaves
 from .mapped_files import files_behind
-from .page_lock import registrar_for
-from .units import KIB, MIB, format_bytes
+from .units import MIB, format_bytes
+from .worth import Rates, waits_for_copies
 
 if TYPE_CHECKING:
     from .segments import PackedLayer
+    from .telemetry import ForwardRecord
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-Made = list[tuple[torch.Tensor, EncodedTensor]]  # plain leaves of a layer with what they are encoded
 
 AUTO, ON, OFF = CHOICES
-WORKERS = 8  # of which each takes about 60 MiB of device memory
+AT_ONCE = 64 * MIB  # plain bytes that are decoded at once where weights go to the device for good
 SLACK = 128  # one part in so many more room than a weight takes, because it may be patched
-CLASSES = (torch.Tensor, nn.Parameter, EncodedTensor)  # whose memory can be replaced
-MEASURABLE = 4 * MIB  # bytes of a layer at which rates are measured
-SMALL = 64 * KIB  # more than small weights take themselves, encoded
 
 
 class DoesNotFit(RuntimeError):
@@ -54,24 +50,6 @@ class DoesNotFit(RuntimeError):
 
 
 # -- one weight ----------------------------------------------------------------------------------------------------------
-
-
-def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a plain strided tensor as a packed copy of it holds them: uint8 [n]; its own memory where that is dense."""
-    spec = plan_tensor(tensor, 0)
-    tensor = tensor.detach()
-    if tuple(tensor.stride()) != spec.stride or tensor.is_conj() or tensor.is_neg():
-        tensor = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=tensor.device).copy_(tensor)
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
-def is_encoded(tensor: torch.Tensor) -> bool:
-    """Whether the memory of a tensor, itself and not a part of it, holds encoded bytes."""
-    return isinstance(tensor, EncodedTensor) and tensor.replaced is None
-
-
-def _has_bytes(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta
 
 
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -136,23 +114,13 @@ def unit_coding(layers: Sequence[PackedLayer], buffer: torch.Tensor | None, devi
 # -- a model -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Measured on this machine, bytes per second: of page-locked copies to the device, and of plain bytes decoded there."""
-
-    link: float
-    decoding: float
-
-    def pays(self, plain: int, encoded: int) -> bool:
-        """Whether fewer bytes on the link save more time than decoding takes."""
-        return (plain - encoded) / self.link > plain / self.decoding
-
-
 class Coding:
-    """Which weights of a model are encoded, in place, and those that were plain before. Kept with the packed weights."""
+    """Which weights of a model are encoded, in place, and those that were plain before. Kept with the packed weights.
+    ``for_speed``: those that are encoded are so because that is faster, and not because the user or RAM demands it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.for_speed = False
         self._encoded: list[torch.Tensor] = []
         self._left: set[int] = set()  # ids of modules whose weights it did not pay to encode
 
@@ -162,39 +130,57 @@ class Coding:
         layers: Sequence[Layer],
         budget: int | None = None,
         progress: Progress | None = None,
-        *,
-        for_speed: bool = True,
+        rates: Rates | None = None,
     ) -> None:
-        """Encode or decode the weights of layers as a user's ``choice`` says. "on": encode what gets smaller. "auto": what
-        is faster that way on this card and link (``for_speed``: unless speed is not what is asked for, because buffers for
-        decoding take device memory), and anything that gets smaller where plain weights would not fit the ``budget`` for
-        page-locked RAM. "off": nothing is encoded, and what comes encoded is decoded.
+        """Encode or decode the weights of layers as a user's ``choice`` says. "on": encode what gets smaller. "auto": anything
+        that gets smaller where plain weights would not fit the ``budget`` for page-locked RAM; and with ``rates``, those of
+        ``faster``, what is faster that way. "off": nothing is encoded, and what comes encoded is decoded.
 
         Raises NoCodec for "on" where nvCOMP is missing, and for weights that come encoded and cannot be decoded here. On an
         error the model is to be given to ``decode``.
         """
-        codec = self._codec(choice)
+        codec = self._codec(choice if rates is None else ON)
         decode_all(foreign(layers, None if codec is None else codec.name), self.device)
         if codec is None:
             self._encoded.clear()
             return
-        rest = [layer for layer in layers if id(layer.module) not in self._left and _has_plain(layer)]
-        if not rest:
+        rest = self._plain(layers)
+        must = choice == ON or sum(layer.nbytes for layer in layers) > (
+            process_budget().quota() if budget is None else budget
+        )
+        if not rest or not (must or rates is not None):
             return
         for file in files_behind([part for layer in rest for one in layer.tensors for part in parts_of(one.tensor)]):
             file.check()
-        workers = _Workers(codec, self.device)
+        self.for_speed = not must
+        workers = Workers(codec, self.device)
         try:
-            must = choice == ON or sum(layer.nbytes for layer in layers) > (
-                process_budget().quota() if budget is None else budget
-            )
-            rates = workers.measure(max(rest, key=lambda layer: layer.nbytes)) if for_speed and not must else None
-            if must or rates is not None:
-                self._encode(workers, rest, None if rates is None else rates.pays, progress)
+            self._encode(workers, rest, None if must else rates.pays, progress)
         except torch.OutOfMemoryError as reason:
             log.warning("there is no device memory left to encode weights; the others stream as they are: %s", reason)
         finally:
             workers.release()
+
+    def faster(self, layers: Sequence[Layer], record: ForwardRecord) -> Rates | None:
+        """The rates of this card and link where a forward like ``record``, with plain weights, would be clearly shorter with
+        encoded ones; else None. Encodes a layer to find out, on a GPU."""
+        rest = self._plain(layers)
+        if not rest or not waits_for_copies(record):
+            return None
+        workers = Workers(codec_for(self.device), self.device)
+        try:
+            rates = workers.measure(max(rest, key=lambda layer: layer.nbytes))
+        except torch.OutOfMemoryError as reason:
+            log.debug("there is no device memory left to find out what encoding would save: %s", reason)
+            return None
+        finally:
+            workers.release()
+        total = sum(layer.nbytes for layer in layers)
+        return rates if rates is not None and rates.shorten(record, total) else None
+
+    def _plain(self, layers: Sequence[Layer]) -> list[Layer]:
+        """Layers with weights that could be encoded and are not."""
+        return [layer for layer in layers if id(layer.module) not in self._left and _has_plain(layer)]
 
     def _codec(self, choice: str) -> Codec | None:
         if choice == OFF or (choice == AUTO and self.device.type != "cuda"):
@@ -209,7 +195,7 @@ class Coding:
 
     def _encode(
         self,
-        workers: _Workers,
+        workers: Workers,
         layers: Sequence[Layer],
         pays: Callable[[int, int], bool] | None,
         progress: Progress | None,
@@ -267,6 +253,7 @@ class Coding:
         decode_all(found, self.device)
         self._encoded.clear()
         self._left.clear()
+        self.for_speed = False
         return bool(found)
 
 
@@ -279,8 +266,7 @@ def decode_all(tensors: Sequence[EncodedTensor], device: torch.device) -> None:
     NoCodec."""
 
     def plain(tensor: EncodedTensor) -> torch.Tensor:
-        on = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with torch.inference_mode(tensor.is_inference()), on:
+        with torch.inference_mode(tensor.is_inference()), _on(device):
             return tensor.decode()
 
     workers = max(1, min(WORKERS, os.cpu_count() or 1))
@@ -290,6 +276,50 @@ def decode_all(tensors: Sequence[EncodedTensor], device: torch.device) -> None:
             for tensor, decoded in zip(some, pool.map(plain, some), strict=True):
                 if swap(tensor, decoded) is None:
                     raise RuntimeError(f"{tensor.path} is in use elsewhere and cannot be decoded in place")
+
+
+def decoded_on(device: torch.device, tensors: Sequence[EncodedTensor]) -> dict[int, torch.Tensor]:
+    """The plain tensors of encoded ones, by the ids of these, decoded on ``device``, many at once. Raises Corrupt, NoCodec."""
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="intelligent-vram-verify") as pool:
+        list(pool.map(EncodedTensor.verify, tensors))
+    plain: dict[int, torch.Tensor] = {}
+    with torch.inference_mode(False), _on(device):
+        codec = codec_for(device) if tensors else None
+        waiting = deque(tensors)
+        while waiting:
+            tensor = waiting.popleft()
+            if tensor.codec != codec.name:
+                plain[id(tensor)] = tensor.decode(device)
+                continue
+            some, size = [tensor], tensor.nbytes
+            while waiting and waiting[0].codec == codec.name and size + waiting[0].nbytes <= AT_ONCE:
+                some.append(waiting.popleft())
+                size += some[-1].nbytes
+            plain |= zip(map(id, some), _together(codec, device, some), strict=True)
+    return plain
+
+
+def _together(codec: Codec, device: torch.device, tensors: Sequence[EncodedTensor]) -> list[torch.Tensor]:
+    """Plain tensors of encoded ones, in memory that they share."""
+    parts, begin, size = [], 0, 0
+    for tensor in tensors:
+        parts.append((begin, size, tensor.chunks()))
+        begin += padded(len(tensor.encoded))
+        size += align(tensor.nbytes)
+    encoded = torch.empty(begin, dtype=torch.uint8, device=device)
+    plain = torch.empty(size, dtype=torch.uint8, device=device)
+    for tensor, (at, _, _) in zip(tensors, parts, strict=True):
+        encoded[at : at + len(tensor.encoded)].copy_(tensor.encoded)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    codec.batch(parts).decode(encoded, plain, None, stream)
+    return [
+        plain[to : to + tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+        for tensor, (_, to, _) in zip(tensors, parts, strict=True)
+    ]
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def foreign(layers: Sequence[Layer], codec: str | None) -> list[torch.Tensor]:
@@ -319,78 +349,3 @@ def swap(tensor: torch.Tensor, replacement: torch.Tensor) -> torch.Tensor | None
         log.debug("a weight stays as it is: %s", reason)
         return None
     return replacement
-
-
-class _Workers:
-    """Threads that encode, each by way of page-locked memory of its own."""
-
-    def __init__(self, codec: Codec, device: torch.device) -> None:
-        self.count = max(1, min(WORKERS, os.cpu_count() or 1)) if device.type == "cuda" else 1
-        self._codec, self._device = codec, device
-        self._own = threading.local()
-        self._segments: list[HostSegment] = []
-
-    def encode(self, layer: Layer) -> Made:
-        """The plain leaves of a layer with what they are encoded; empty where that is not worth it, or cannot be. Where others
-        of its weights are encoded already, all are: what lies between them in a slot would have to be copied by itself."""
-        everything = [(leaf, slotted.path) for slotted in layer.tensors for leaf in leaves(slotted.tensor)]
-        plain = [(leaf, path) for leaf, path in everything if not is_encoded(leaf)]
-        if any(type(leaf) not in CLASSES or not _has_bytes(leaf) for leaf, _ in plain):
-            return []
-        made, taken = [], 0
-        for leaf, path in plain:
-            data = flat_bytes(leaf.decode() if isinstance(leaf, EncodedTensor) else leaf)
-            room = self._room(len(data) + len(data) // 16 + SMALL)
-            chunks = self._codec.encode(data, kind_of(leaf.dtype), room)
-            if chunks is None:
-                return []
-            taken += chunks.encoded
-            with torch.inference_mode(leaf.is_inference()):
-                encoded = torch.empty(chunks.encoded, dtype=torch.uint8)
-                ctypes.memmove(encoded.data_ptr(), room.data_ptr(), chunks.encoded)
-                stride = plan_tensor(leaf, 0).stride
-                name = self._codec.name
-                made.append((leaf, EncodedTensor(encoded, leaf.dtype, leaf.shape, stride, name, chunks.chunk, path)))
-        worth = len(plain) < len(everything) or taken <= WORTH * sum(leaf.nbytes for leaf, _ in plain)
-        return made if worth else []
-
-    def measure(self, layer: Layer) -> Rates | None:
-        """The rates of this card and link, from encoding one layer; None where that is too small to say."""
-        if layer.nbytes < MEASURABLE:
-            return None
-        leaf = max((leaf for slotted in layer.tensors for leaf in leaves(slotted.tensor)), key=lambda leaf: leaf.nbytes)
-        made = {id(plain): encoded for plain, encoded in self.encode(layer)}.get(id(leaf))
-        if made is None:
-            return None
-        source = self._room(len(made.encoded))[: len(made.encoded)].copy_(made.encoded)
-        there = torch.empty_like(source, device=self._device)
-        target = torch.empty(leaf.nbytes, dtype=torch.uint8, device=self._device)
-        batch, stream = self._codec.batch([(0, 0, made.chunks())]), torch.cuda.current_stream(self._device)
-
-        def taken(run: Callable[[], object]) -> float:
-            run()
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record(stream)
-            run()
-            end.record(stream)
-            end.synchronize()
-            return begin.elapsed_time(end) / 1000
-
-        copying = taken(lambda: there.copy_(source, non_blocking=True))
-        return Rates(len(source) / copying, leaf.nbytes / taken(lambda: batch.decode(there, target, "here", stream)))
-
-    def _room(self, nbytes: int) -> torch.Tensor:
-        """Host memory of at least so many bytes, page-locked for a GPU: the thread's own, used again and again."""
-        segment: HostSegment | None = getattr(self._own, "segment", None)
-        if segment is None or segment.nbytes < nbytes:
-            if segment is not None:
-                segment.release()
-                self._segments.remove(segment)
-            segment = self._own.segment = HostSegment(nbytes)
-            segment.page_lock(registrar_for(self._device))
-            self._segments.append(segment)
-        return segment.buffer
-
-    def release(self) -> None:
-        for segment in self._segments:
-            segment.release()

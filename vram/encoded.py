@@ -133,3 +133,8 @@ class EncodedTensor(torch.Tensor):
             return value.decode() if isinstance(value, EncodedTensor) else value
 
         return func(*tree_map(plain, args), **tree_map(plain, kwargs))
+
+
+def is_encoded(tensor: torch.Tensor) -> bool:
+    """Whether the memory of a tensor, itself and not a part of it, holds encoded bytes."""
+    return isinstance(tensor, EncodedTensor) and tensor.replaced is None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import limit
-from .gates import hide_from_compile, marked
+from .gates import as_function, hide_from_compile, marked
 from .repeat import Call, let_go, out_of_memory
 from .units import MIB, format_bytes
 
@@ -45,7 +45,7 @@ class Forward:
 
     def gate(self, original: Callable) -> Callable:
         """``original``, the forward of the whole model, as one that is measured and held below the limit."""
-        begin, end = hide_from_compile(_plain(self._begin)), hide_from_compile(_plain(self._end))
+        begin, end = hide_from_compile(as_function(self._begin)), hide_from_compile(as_function(self._end))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             begin(args, kwargs)
@@ -62,7 +62,7 @@ class Forward:
     def repeatable(self, original: Callable) -> Callable:
         """``original``, which does the work of a forward, as one that is called again when memory ran out in it and the
         engine could make room."""
-        keep, again = hide_from_compile(_plain(self._keep)), hide_from_compile(_plain(self._again))
+        keep, again = hide_from_compile(as_function(self._keep)), hide_from_compile(as_function(self._again))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = keep(args, kwargs)
@@ -249,15 +249,6 @@ class Forward:
             f"were in use ({format_bytes(swap.device_bytes)} of them weights, {swap.plan.describe()}) when an allocation "
             f"failed.{others} Raise max_vram_gb, or use a smaller resolution or fewer frames. ({error})"
         )
-
-
-def _plain(method: Callable) -> Callable:
-    """A bound method as a function, which takes attributes."""
-
-    def function(*args: Any) -> Any:
-        return method(*args)
-
-    return function
 
 
 def _elements(values: Any) -> int:

@@ -71,6 +71,15 @@ def hide_from_compile(function: Callable, recursive: bool = True) -> Callable:
     return function
 
 
+def as_function(method: Callable) -> Callable:
+    """A bound method as a function, which takes attributes."""
+
+    def function(*args: Any) -> Any:
+        return method(*args)
+
+    return function
+
+
 def stay(module: nn.Module) -> Callable:
     """An ``_apply`` for a module whose own tensors the engine places: ``.to()``, ``.cuda()``, ``.half()`` and the like
     pass them by and go on to its children."""

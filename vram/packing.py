@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from .arena import Arena, FillJob, HostSegment, copy_host, lies_as
-from .coding import Coding, UnitCoding, copy_encoded, encode_part, is_encoded, parts_of, unit_coding
+from .coding import Coding, UnitCoding, copy_encoded, encode_part, parts_of, unit_coding
 from .discover import Layer
+from .encoded import is_encoded
 from .host_budget import HostBudget
 from .layout import Entry, flatten, leaves, plain_tensors
 from .lending import Lender, Owner

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from .coding import decoded_on
 from .config import SwapConfig
 from .discover import WHOLE, Layer, Scope, Slotted, shared_tensors, take_apart, tensor_bytes
-from .layout import CannotPack, flatten
+from .encoded import is_encoded
+from .layout import CannotPack, flatten, leaves
 from .packing import Patches, patched
 from .units import MIB
 
@@ -75,10 +77,11 @@ class Rest:
     def place(self, weights: Sequence[Slotted], patches: Patches) -> None:
         """Copy ``weights`` to the device, patched, and let their modules see the copies."""
         placed: dict[int, _Placed] = {}
+        plain = self._decoded(weights, patches)
         for slotted in weights:
             tensor = slotted.tensor
             if id(tensor) not in placed:
-                placed[id(tensor)] = _Placed(patches.signature(slotted.path), self._copy(slotted, patches))
+                placed[id(tensor)] = _Placed(patches.signature(slotted.path), self._copy(slotted, patches, plain))
                 self.nbytes += tensor_bytes(tensor)
             self._weights.append((slotted, placed[id(tensor)]))
         self.bind()
@@ -88,7 +91,7 @@ class Rest:
         for slotted, placed in self._weights:
             signature = patches.signature(slotted.path)
             if placed.signature != signature:
-                placed.tensor = self._copy(slotted, patches)
+                placed.tensor = self._copy(slotted, patches, {})
                 placed.signature = signature
                 self.torn = True  # should a later one fail
         self.torn = False
@@ -114,22 +117,43 @@ class Rest:
         for slotted, _ in self._weights:
             yield slotted
 
-    def _copy(self, slotted: Slotted, patches: Patches) -> torch.Tensor:
+    def _decoded(self, weights: Sequence[Slotted], patches: Patches) -> dict[int, torch.Tensor]:
+        """By their ids, the plain tensors on the device of those that are kept encoded and not patched."""
+        encoded = {
+            id(leaf): leaf
+            for slotted in weights
+            if patches.signature(slotted.path) is None
+            for leaf in leaves(slotted.tensor)
+            if is_encoded(leaf)
+        }
+        return decoded_on(self.device, [*encoded.values()])
+
+    def _copy(self, slotted: Slotted, patches: Patches, plain: Mapping[int, torch.Tensor]) -> torch.Tensor:
         value = slotted.tensor
         if patches.signature(slotted.path) is not None:
             value = patched(slotted.path, slotted.tensor, patches)
-        return _on_device(value, slotted.tensor, self.device)
+        return _on_device(value, slotted.tensor, self.device, plain)
 
 
-def _on_device(value: torch.Tensor, like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of ``value`` on ``device``, of the class of ``like`` and a Parameter if that is one."""
+def _on_device(
+    value: torch.Tensor, like: torch.Tensor, device: torch.device, plain: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    """A copy of ``value`` on ``device``, of the class of ``like`` and a Parameter if that is one. ``plain``: of its encoded
+    parts, by their ids, the plain ones that are there already."""
     try:
-        _, rebuild = flatten(like)
-        parts, _ = flatten(value)
+        _, rebuild = flatten(like, decode=False)
+        parts, _ = flatten(value, decode=False)
     except CannotPack:
         moved = value.to(device)
         if isinstance(like, nn.Parameter) and not isinstance(moved, nn.Parameter):
             moved = nn.Parameter(moved, requires_grad=False)
         return moved
     with torch.inference_mode(False):
-        return rebuild([part.to(device, copy=True) for part in parts])
+        return rebuild(
+            [
+                (plain[id(part)] if id(part) in plain else part.decode(device))
+                if is_encoded(part)
+                else part.to(device, copy=True)
+                for part in parts
+            ]
+        )

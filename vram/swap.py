@@ -6,29 +6,32 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
 from . import limit
 from .adapt import Adapter
-from .coding import OFF, Coding, DoesNotFit
+from .codec_nvcomp import is_installed
+from .coding import AUTO, OFF, Coding, DoesNotFit
 from .config import SwapConfig
 from .device import resolve
-from .discover import WHOLE, Layer, Scope, Slotted, find_blocks, tensor_bytes
+from .discover import WHOLE, Layer, Scope, Slotted, find_blocks
+from .fits import plan_that_fits
 from .forward import Forward
-from .gates import MARK, InstancePatches, gate, hide_from_compile, stay
+from .gates import MARK, InstancePatches, as_function, gate, hide_from_compile, stay
+from .host_budget import ram
 from .link import open_link
-from .memory import MemorySnapshot, snapshot
+from .memory import snapshot
 from .offload import find_offload_device
 from .packing import NO_PATCHES, PackedModel, Patches, Progress
-from .plan import LimitTooSmall, Plan, Timing, Unit, single_layers, stream_all
+from .plan import Plan, Timing, Unit
 from .repeat import let_go, out_of_memory
 from .rest import Rest, sort_tensors
 from .stream import Streamer, StreamUnit
-from .telemetry import Telemetry
+from .telemetry import ForwardRecord, Telemetry
 from .units import format_bytes
+from .worth import Rates, plain_is_shorter
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +85,8 @@ class Swap:
         self._patches = NO_PATCHES
         self._undone: Plan | None = None  # the plan to go back to, while it is not sure which patches the weights have
         self._sizes: list = []
+        self._layers: list[Layer] = []
+        self._progress: Progress | None = None
         self.adapter: Adapter | None = None
         self._coding: Coding | None = None
 
@@ -129,26 +134,20 @@ class Swap:
         lossless = self.config.lossless if offload is None else OFF  # on another card they lie as they are
         packed = self._lay_out(streamed, packed, lossless, progress)
         packed.offload = offload
+        self._layers, self._progress = streamed, progress
         for slotted, reason in packed.left_out:
             log.warning("%s stays resident, because it cannot be packed: %s", slotted.path, reason)
         rest += [slotted for slotted, _ in packed.left_out]
         self.adapter = Adapter(self)
-        first = self._checked(self.adapter.first(), rest, now)
-        try:
-            written = packed.pack(patches, progress)
-        except DoesNotFit as reason:
-            log.warning("%s; the weights are streamed as they are", reason)
-            packed = self._lay_out(streamed, packed, OFF, progress)
-            first = self._checked(self.adapter.first(), rest, now)
-            written = packed.pack(patches, progress)
+        plan_that_fits(self, self.adapter.first(), rest, now)  # before anything is moved
+        written = self._pack(patches)
+        first = plan_that_fits(self, self.adapter.first(), rest, now)
         self._patches = patches
-        packed.page_lock()
         self._rest.place(rest, patches)
         self._install()
         self._forward.outside_torch = snapshot(self.device).outside_torch
         with limit.held(self.device, limit.budget_now(self.device, self.limit, self._forward.outside_torch)):
             self._begin_with(first)
-        packed.owner = self
         self.setup_seconds = time.perf_counter() - started
         log.info(
             "block swap (%s) attached to %s in %.1f s: %s packed, %s of streamed weights in %s of RAM (%s page-locked), "
@@ -157,9 +156,9 @@ class Swap:
             type(self.root).__name__,
             self.setup_seconds,
             format_bytes(written),
-            format_bytes(packed.packed_bytes),
-            format_bytes(packed.host_bytes),
-            format_bytes(packed.arena.page_locked_bytes),
+            format_bytes(self.packed.packed_bytes),
+            format_bytes(self.packed.host_bytes),
+            format_bytes(self.packed.arena.page_locked_bytes),
             format_bytes(self.rest_bytes),
             self.device,
             format_bytes(self.limit),
@@ -167,12 +166,16 @@ class Swap:
         )
 
     def _lay_out(
-        self, layers: list[Layer], packed: PackedModel | None, lossless: str, progress: Progress | None
+        self,
+        layers: list[Layer],
+        packed: PackedModel | None,
+        lossless: str,
+        progress: Progress | None,
+        rates: Rates | None = None,
     ) -> PackedModel:
         """The weights of layers encoded or not, and each with a place: that in ``packed`` if they are still the same."""
         self._coding = packed.coding if packed is not None else Coding(self.device)
-        least_memory = self.config.mode == "layerwise"
-        self._coding.prepare(lossless, layers, self.config.host_budget, progress, for_speed=not least_memory)
+        self._coding.prepare(lossless, layers, self.config.host_budget, progress, rates)
         if packed is not None and not packed.renew(layers):
             packed.close()
             packed = None
@@ -182,37 +185,65 @@ class Swap:
         self.packed, self._sizes = packed, packed.sizes
         return packed
 
-    def _checked(self, plan: Plan, rest: list[Slotted], now: MemorySnapshot) -> Plan:
-        """``plan``, or the smallest one of its kind where that does not fit. Refuses before anything is moved when the
-        weights alone do not fit."""
-        distinct = {id(slotted.tensor): tensor_bytes(slotted.tensor) for slotted in rest}
-        beside = sum(distinct.values()) + (now.allocated or 0)
-        budget = limit.torch_budget(self.limit, now)
-        if beside + plan.device_bytes <= budget:
-            return plan
-        smallest = plan if self.config.streamed_blocks is not None else stream_all(plan.units, 2 if plan.slots else 0)
-        needed = beside + smallest.device_bytes
-        if needed <= budget:
-            return smallest
-        least = needed + max(0, self.limit - budget)
-        if self.config.streamed_blocks is not None:
-            advice = (
-                " blocks_to_swap keeps all other blocks there: raise it, or let it be 0 to stream as many as it takes."
-            )
+    def _pack(self, patches: Patches) -> int:
+        """Pack what is laid out, plain if patched weights do not fit encoded, and page-lock it. Returns the bytes written."""
+        try:
+            written = self.packed.pack(patches, self._progress)
+        except DoesNotFit as reason:
+            log.warning("%s; the weights are streamed as they are", reason)
+            written = self._lay_out(self._layers, self.packed, OFF, self._progress).pack(patches, self._progress)
+        self.packed.page_lock()
+        self.packed.owner = self
+        return written
+
+    @property
+    def may_recode(self) -> bool:
+        """Whether it is the engine's to choose by speed if weights are encoded. layerwise mode is for the least memory, and
+        decoding takes some; what lies on another card stays as it is."""
+        config = self.config
+        chooses = config.lossless == AUTO and config.mode != "layerwise" and self.packed.offload is None
+        return chooses and self.device.type == "cuda" and is_installed()
+
+    def recode(self, record: ForwardRecord) -> bool:
+        """Between forwards: encode the weights, or decode those that were encoded for speed, where a forward like ``record``
+        would be shorter that way, and there is RAM for both. True if that was done; the first plan is then taken over."""
+        coding, encoded = self._coding, self._coding.for_speed
+        if encoded:
+            rates, wanted = None, plain_is_shorter(record)
         else:
-            layers = stream_all(single_layers(self._sizes), 0).device_bytes + beside
-            advice = (
-                f" Layerwise mode would do with about {format_bytes(layers + self.limit - budget)}."
-                if self.config.mode != "layerwise" and layers < needed
-                else ""
-            )
-        raise LimitTooSmall(
-            f"max_vram is {format_bytes(self.limit)}, of which {format_bytes(budget)} can be used here, but "
-            f"{type(self.root).__name__} needs {format_bytes(needed)} before any activation: "
-            f"{format_bytes(beside)} beside the blocks and {format_bytes(needed - beside)} for resident and streamed units. The "
-            f"smallest limit that holds its weights is {format_bytes(least)}; activations come on top.{advice}",
-            least,
+            rates = coding.faster(self._layers, record)
+            wanted = rates is not None
+        weights = sum(layer.nbytes for layer in self._layers)
+        if not wanted or ram()[1] < weights:
+            return False
+        log.info(
+            "block swap: a forward takes %.3f s, of which %.3f s waiting for copies: %s of weights are %s",
+            record.seconds,
+            record.stall,
+            format_bytes(weights),
+            "decoded, because that costs more than it saves" if encoded else "encoded, so that fewer bytes are copied",
         )
+        self.take_other_weights(rates)
+        return True
+
+    def take_other_weights(self, rates: Rates | None) -> None:
+        """Between forwards: weights encoded at these ``rates``, or those decoded that were encoded for speed, and packed anew.
+        When that breaks off, the model is whole, and the next forward finishes it or goes on with what there was."""
+        before, self._undone = self.packed, self._undone or self.plan
+        self.streamer.drop_slots()
+        try:
+            if rates is None:
+                self._coding.decode()
+            self._lay_out(self._layers, self.packed, AUTO, self._progress, rates)
+        except BaseException:
+            if self.packed is before:
+                self._coding.decode()
+            raise
+        del before
+        self._undone = self.adapter.first()
+        self._pack(self._patches)
+        self._begin_with(self._undone)
+        self._undone = None
 
     def repack(self, patches: Patches) -> None:
         """Change the patches of an attached model between forwards: only the weights that they touch are packed again. When
@@ -291,7 +322,10 @@ class Swap:
         yield from self._rest.tensors()
 
     def _install(self) -> None:
-        enter, leave = hide_from_compile(_plain(self.streamer.enter)), hide_from_compile(_plain(self.streamer.leave))
+        enter, leave = (
+            hide_from_compile(as_function(self.streamer.enter)),
+            hide_from_compile(as_function(self.streamer.leave)),
+        )
         for index, packed in enumerate(self.packed.layers):
             module = packed.layer.module
             forward = gate(module.forward, _call(enter, index), _call(leave, index))
@@ -404,15 +438,6 @@ class Swap:
     def device_bytes(self) -> int:
         """Device memory that the model's weights take now: beside the blocks, resident, slots."""
         return self.rest_bytes + self.streamer.device_bytes
-
-
-def _plain(method: Callable) -> Callable:
-    """A bound method as a function, which takes attributes."""
-
-    def function(*args: Any) -> None:
-        method(*args)
-
-    return function
 
 
 def _call(function: Callable[[int], None], index: int) -> Callable[[], None]:

@@ -7,8 +7,7 @@ import torch
 from hypothesis import settings
 from intelligent_vram.vram import Patches, SwapConfig, attach, live_swap
 from intelligent_vram.vram.codec import CHUNK, Corrupt, NoCodec, codec_for, kind_of, room_for
-from intelligent_vram.vram.coding import is_encoded
-from intelligent_vram.vram.encoded import EncodedTensor
+from intelligent_vram.vram.encoded import EncodedTensor, is_encoded
 from intelligent_vram.vram.model_headers import Weight
 from intelligent_vram.vram.plan import MODES, LayerSize, Timing, cut, fit, simulate, stream_all
 from intelligent_vram.vram.predict import as_encoded

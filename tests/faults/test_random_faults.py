@@ -10,6 +10,7 @@ import pytest
 import torch
 from intelligent_vram.vram import SwapConfig, attach
 from intelligent_vram.vram.plan import MODES
+from intelligent_vram.vram.worth import Rates
 from torch import nn
 
 from .injection import ERRORS, INJECTED, Faults, disturb, injected, patches, progress
@@ -17,6 +18,7 @@ from .injection import ERRORS, INJECTED, Faults, disturb, injected, patches, pro
 SEEDS = 1000
 CHUNK = 100
 WIDTH, TOKENS, FORWARDS = 16, 4, 4
+RATES = Rates(link=1e9, decoding=1e15, kept=0.67)
 
 
 class Block(nn.Module):
@@ -81,6 +83,7 @@ class Trial:
         disturb(self.model, self.faults)
         self.monkeypatch = monkeypatch
         self.strength = dice.choice((0.0, 0.0, 0.25))
+        self.recodes = self.device.type == "cpu" and dice.random() < 0.3
         self.hung, self.contents = hung(self.model), contents(self.model)
         self.faults.armed = False
         self.wanted = {strength: self.plain(strength) for strength in (0.0, 0.25, 0.5)}
@@ -139,6 +142,8 @@ class Trial:
         for number in range(FORWARDS):
             if self.strength and number == 2:
                 self.repack(swap)
+            if self.recodes and number % 2:
+                self.recode(swap, RATES if number == 1 else None)
             self.forward(swap)
         self.faults.armed = False
         # what failed before is over: the engine goes on as if nothing had been
@@ -162,6 +167,13 @@ class Trial:
             self.errors.append(error)
         else:
             self.strength = 0.5
+
+    def recode(self, swap, rates):
+        """As the engine does where encoded weights are faster, or plain ones."""
+        try:
+            swap.take_other_weights(rates)
+        except INJECTED as error:
+            self.errors.append(error)
 
     def whole(self):
         now = contents(self.model)

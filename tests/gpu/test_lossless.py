@@ -8,14 +8,16 @@ import pytest
 import torch
 from intelligent_vram.cli.wan import WAN_14B, WanConfig, WanModel, meta_model, random_model, sample_inputs
 from intelligent_vram.vram import Patches, SwapConfig, attach, snapshot
+from intelligent_vram.vram.adapt import SETTLED
 from intelligent_vram.vram.codec import NoCodec, codec_for
-from intelligent_vram.vram.coding import is_encoded
+from intelligent_vram.vram.encoded import is_encoded
 from intelligent_vram.vram.units import GIB, MIB
 
 CONFIG: WanConfig = replace(WAN_14B, num_layers=3)
 TOKENS = (1024, 7800)
 MODES = ("adaptive", "chunkwise", "layerwise")
 EVERY = SwapConfig(mode="chunkwise", streamed_blocks=3, lossless="on")
+EVERY_AUTO = replace(EVERY, lossless="auto")
 
 
 def missing() -> str | None:
@@ -114,6 +116,22 @@ def test_the_arena_takes_two_thirds_and_the_device_no_more_than_two_encoded_unit
             assert record.streamed_bytes <= 0.69 * plain
             assert record.decode_seconds > 0
         swap.detach()
+
+
+def test_auto_encodes_where_forwards_wait_for_copies_and_not_where_they_compute(model, weights, inputs, expected):
+    swap = attach(model, EVERY_AUTO, "cuda")
+    assert not swap.plan.encoded_bytes
+    for _ in range(3 * SETTLED):
+        assert torch.equal(model(*inputs[1024]), expected[1024])
+    assert swap.plan.encoded_bytes == swap.plan.streamed_bytes
+    swap.detach()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
+    many = sample_inputs(CONFIG, 32760, torch.bfloat16, "cuda", seed=1)
+    swap = attach(model, EVERY_AUTO, "cuda")
+    outputs = [model(*many) for _ in range(3 * SETTLED)]
+    assert not swap.plan.encoded_bytes
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    swap.detach()
 
 
 def test_forwards_that_are_not_waited_for_and_other_streams_come_out_right(model, inputs, expected):

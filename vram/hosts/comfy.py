@@ -214,7 +214,7 @@ class StreamedPatcher:
                 packed=state.packed,
                 progress=HostProgress(),
             )
-            state.packed, state.owner = state.swap.packed, id(self)
+            state.packed, state.owner = None, id(self)
             state.reported = 0
             panel.attached(state.swap, self.swap_node)
             self._back_up()

@@ -15,7 +15,7 @@ from ..swap import Swap
 
 
 class State:
-    """What block swap keeps on the module that patchers share: the swap and its owner, and the packed weights."""
+    """What block swap keeps on the module that patchers share: the swap and its owner, or the packed weights for the next."""
 
     def __init__(self) -> None:
         self.swap: Swap | None = None
@@ -31,7 +31,7 @@ class State:
         self.take_back()
         swap, self.swap, self.owner, self.key = self.swap, None, None, None
         if swap is not None:
-            swap.detach(keep_encoded=True)
+            self.packed = swap.detach(keep_encoded=True)
             self.backup.clear()
 
     def hand_over(self, model: torch.nn.Module) -> None:

@@ -1,0 +1,174 @@
+"""Weights that are encoded, or decoded again, while the engine is attached: the model computes the same, whatever happens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from intelligent_vram.vram import Patches, SwapConfig, attach
+from intelligent_vram.vram.adapt import SETTLED
+from intelligent_vram.vram.encoding import Workers
+from intelligent_vram.vram.packing import PackedModel
+from intelligent_vram.vram.telemetry import ForwardRecord, Interval
+from intelligent_vram.vram.worth import Rates, plain_is_shorter, waits_for_copies
+
+from .models import contents
+from .test_lossless import big, patches, same, values
+
+RATES = Rates(link=1e9, decoding=1e15, kept=0.67)
+CONFIG = SwapConfig(mode="chunkwise", streamed_blocks=3, block_size=1 << 20)
+PATH = "blocks.1.0.weight"
+X = torch.randn(2, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def encoded(swap) -> bool:
+    return any(layer.is_encoded for layer in swap.packed.layers)
+
+
+def with_patch(amount):
+    """The output of a model with a patched weight, without the engine."""
+    model = big()
+    model.blocks[1][0].weight.copy_(model.blocks[1][0].weight.float().mul(1 + amount).bfloat16())
+    return model(X)
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, replace(CONFIG, mode="adaptive", streamed_blocks=None), replace(CONFIG, host_budget=0)]
+)
+@torch.no_grad()
+def test_outputs_are_the_same_before_and_after_and_the_model_comes_back_whole(config):
+    model = big()
+    wanted, before = model(X), contents(model)
+    swap = attach(model, config, "cpu")
+    for rates in (RATES, None, RATES):
+        assert torch.equal(model(X), wanted)
+        swap.take_other_weights(rates)
+        assert encoded(swap) == (rates is not None)
+        for _ in range(3):
+            assert torch.equal(model(X), wanted)
+        assert same(values(model), before)
+    assert swap.packed.host_bytes <= swap.packed.packed_bytes
+    swap.detach()
+    assert same(contents(model), before)
+    assert torch.equal(model(X), wanted)
+
+
+@torch.no_grad()
+def test_a_lora_stays_in_force_and_can_be_changed_and_taken_off():
+    model = big()
+    wanted, before = model(X), contents(model)
+    swap = attach(model, CONFIG, "cpu", patches=patches(PATH, 0.25))
+    for rates, amount in ((RATES, 0.5), (None, 0.25)):
+        swap.take_other_weights(rates)
+        swap.repack(patches(PATH, amount))
+        assert torch.equal(model(X), with_patch(amount))
+    swap.take_other_weights(RATES)
+    assert torch.equal(model(X), with_patch(0.25))
+    swap.repack(Patches(lambda path: None, lambda path, tensor: tensor))
+    assert torch.equal(model(X), wanted)
+    swap.detach()
+    assert same(contents(model), before)
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("rates", [RATES, None])
+@pytest.mark.parametrize("call", [1, 2, 4, 6])
+@pytest.mark.parametrize("where", ["progress", "encoding", "packing"])
+@torch.no_grad()
+def test_when_it_breaks_off_the_next_forward_is_right_also_with_another_lora(monkeypatch, where, call, rates):
+    """The n-th call of a step raises, once. Where the step is not called so often, nothing does."""
+    count = 0
+
+    def broken(original):
+        def step(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == call:
+                raise Broken(where)
+            return original(*args, **kwargs)
+
+        return step
+
+    model = big()
+    before = contents(model)
+    progress = [lambda done, total: None]
+    swap = attach(
+        model, CONFIG, "cpu", patches=patches(PATH, 0.25), progress=lambda done, total: progress[0](done, total)
+    )
+    if rates is None:
+        swap.take_other_weights(RATES)
+    assert torch.equal(model(X), with_patch(0.25))
+    if where == "progress":
+        progress[0] = broken(progress[0])
+    elif where == "encoding":
+        monkeypatch.setattr(Workers, "encode", broken(Workers.encode))
+    else:
+        monkeypatch.setattr(PackedModel, "_write", broken(PackedModel._write))
+    try:
+        swap.take_other_weights(rates)
+        raised = False
+    except Broken:
+        raised = True
+    assert raised == (count >= call)
+    monkeypatch.undo()
+    assert torch.equal(model(X), with_patch(0.25))
+    swap.repack(patches(PATH, 0.5))
+    assert torch.equal(model(X), with_patch(0.5))
+    swap.detach()
+    assert same(contents(model), before)
+
+
+@torch.no_grad()
+def test_it_is_asked_once_a_size_of_inputs_when_the_plan_is_settled(monkeypatch):
+    model, asked = big(), []
+    swap = attach(model, CONFIG, "cpu")
+    monkeypatch.setattr(type(swap), "may_recode", property(lambda self: True))
+
+    def recode(self, record):
+        asked.append(record.index)
+        self.take_other_weights(RATES if len(asked) == 1 else None)
+        return True
+
+    monkeypatch.setattr(type(swap), "recode", recode)
+    wanted, larger = model.__class__.forward(model, X), torch.cat([X, X])
+    for _ in range(3 * SETTLED):
+        assert torch.equal(model(X), wanted)
+    assert len(asked) == 1
+    assert encoded(swap)
+    for _ in range(3 * SETTLED):
+        model(larger)
+    assert len(asked) == 2
+    assert not encoded(swap)
+    for _ in range(3 * SETTLED):
+        assert torch.equal(model(X), wanted)
+    assert len(asked) == 2
+    swap.detach()
+
+
+# -- what is faster ------------------------------------------------------------------------------------------------------
+
+
+def record(seconds: float, stall: float, copying: float, **other) -> ForwardRecord:
+    """A forward that moved 10 GB."""
+    values = dict(index=0, streamed_bytes=10 * 10**9, peak_bytes=0, host_seconds=0.0, misses=0, units=(), arrivals=())
+    return ForwardRecord(seconds=seconds, stall=stall, copies=(Interval(0, 0.0, copying),), **{**values, **other})
+
+
+def test_encoding_is_worth_it_where_copies_are_what_a_forward_waits_for():
+    rates = Rates(link=50e9, decoding=1e12, kept=0.67)
+    weights = 10 * 10**9
+    assert rates.shorten(record(0.2, 0.15, 0.2), weights)
+    assert not rates.shorten(record(0.2, 0.001, 0.19), weights)  # compute takes as long
+    assert not rates.shorten(record(0.2, 0.15, 0.2), 1000 * weights)  # encoding would take longer than it ever saves
+    assert not Rates(50e9, 20e9, 0.67).shorten(record(0.2, 0.15, 0.2), weights)  # decoding is slower than the link
+    assert not waits_for_copies(record(0.2, 0.001, 0.19))
+
+
+def test_plain_is_shorter_where_decoding_lengthens_compute():
+    coded = dict(encoded_bytes=10 * 10**9, decoded_bytes=15 * 10**9, decode_seconds=0.01)
+    assert plain_is_shorter(record(0.4, 0.0, 0.2, **coded))
+    assert not plain_is_shorter(record(0.4, 0.0, 0.3, **coded))  # plain copies would take 0.45 s
+    assert not plain_is_shorter(record(2.0, 0.0, 0.2, **coded))  # half a percent
+    assert not plain_is_shorter(record(0.4, 0.0, 0.2))

@@ -1,0 +1,116 @@
+"""Threads that encode the weights of a model's layers before they are packed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .arena import HostSegment
+from .codec import WORTH, Codec, kind_of
+from .discover import Layer
+from .encoded import EncodedTensor, is_encoded
+from .layout import leaves, plan_tensor
+from .page_lock import registrar_for
+from .units import KIB, MIB
+from .worth import Rates
+
+Made = list[tuple[torch.Tensor, EncodedTensor]]  # plain leaves of a layer with what they are encoded
+
+WORKERS = 8  # of which each takes about 60 MiB of device memory
+CLASSES = (torch.Tensor, nn.Parameter, EncodedTensor)  # whose memory can be replaced
+MEASURABLE = 4 * MIB  # bytes of a layer at which rates are measured
+SMALL = 64 * KIB  # more than small weights take themselves, encoded
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a plain strided tensor as a packed copy of it holds them: uint8 [n]; its own memory where that is dense."""
+    spec = plan_tensor(tensor, 0)
+    tensor = tensor.detach()
+    if tuple(tensor.stride()) != spec.stride or tensor.is_conj() or tensor.is_neg():
+        tensor = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=tensor.device).copy_(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def _has_bytes(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta
+
+
+class Workers:
+    """Threads that encode, each by way of page-locked memory of its own."""
+
+    def __init__(self, codec: Codec, device: torch.device) -> None:
+        self.count = max(1, min(WORKERS, os.cpu_count() or 1)) if device.type == "cuda" else 1
+        self._codec, self._device = codec, device
+        self._own = threading.local()
+        self._segments: list[HostSegment] = []
+
+    def encode(self, layer: Layer) -> Made:
+        """The plain leaves of a layer with what they are encoded; empty where that is not worth it, or cannot be. Where others
+        of its weights are encoded already, all are: what lies between them in a slot would have to be copied by itself."""
+        everything = [(leaf, slotted.path) for slotted in layer.tensors for leaf in leaves(slotted.tensor)]
+        plain = [(leaf, path) for leaf, path in everything if not is_encoded(leaf)]
+        if any(type(leaf) not in CLASSES or not _has_bytes(leaf) for leaf, _ in plain):
+            return []
+        made, taken = [], 0
+        for leaf, path in plain:
+            data = flat_bytes(leaf.decode() if isinstance(leaf, EncodedTensor) else leaf)
+            room = self._room(len(data) + len(data) // 16 + SMALL)
+            chunks = self._codec.encode(data, kind_of(leaf.dtype), room)
+            if chunks is None:
+                return []
+            taken += chunks.encoded
+            with torch.inference_mode(leaf.is_inference()):
+                encoded = torch.empty(chunks.encoded, dtype=torch.uint8)
+                ctypes.memmove(encoded.data_ptr(), room.data_ptr(), chunks.encoded)
+                stride = plan_tensor(leaf, 0).stride
+                name = self._codec.name
+                made.append((leaf, EncodedTensor(encoded, leaf.dtype, leaf.shape, stride, name, chunks.chunk, path)))
+        worth = len(plain) < len(everything) or taken <= WORTH * sum(leaf.nbytes for leaf, _ in plain)
+        return made if worth else []
+
+    def measure(self, layer: Layer) -> Rates | None:
+        """The rates of this card and link, from encoding one layer; None where that is too small to say."""
+        if layer.nbytes < MEASURABLE:
+            return None
+        leaf = max((leaf for slotted in layer.tensors for leaf in leaves(slotted.tensor)), key=lambda leaf: leaf.nbytes)
+        made = {id(plain): encoded for plain, encoded in self.encode(layer)}.get(id(leaf))
+        if made is None:
+            return None
+        source = self._room(len(made.encoded))[: len(made.encoded)].copy_(made.encoded)
+        there = torch.empty_like(source, device=self._device)
+        target = torch.empty(leaf.nbytes, dtype=torch.uint8, device=self._device)
+        batch, stream = self._codec.batch([(0, 0, made.chunks())]), torch.cuda.current_stream(self._device)
+
+        def taken(run: Callable[[], object]) -> float:
+            run()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record(stream)
+            run()
+            end.record(stream)
+            end.synchronize()
+            return begin.elapsed_time(end) / 1000
+
+        copying = taken(lambda: there.copy_(source, non_blocking=True))
+        decoding = taken(lambda: batch.decode(there, target, "here", stream))
+        return Rates(len(source) / copying, leaf.nbytes / decoding, len(source) / leaf.nbytes)
+
+    def _room(self, nbytes: int) -> torch.Tensor:
+        """Host memory of at least so many bytes, page-locked for a GPU: the thread's own, used again and again."""
+        segment: HostSegment | None = getattr(self._own, "segment", None)
+        if segment is None or segment.nbytes < nbytes:
+            if segment is not None:
+                segment.release()
+                self._segments.remove(segment)
+            segment = self._own.segment = HostSegment(nbytes)
+            segment.page_lock(registrar_for(self._device))
+            self._segments.append(segment)
+        return segment.buffer
+
+    def release(self) -> None:
+        for segment in self._segments:
+            segment.release()
