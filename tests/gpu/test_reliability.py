@@ -5,11 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import psutil
@@ -19,6 +16,8 @@ from intelligent_vram.cli.wan import WAN_14B, WanConfig, random_model, sample_in
 from intelligent_vram.vram import LimitTooSmall, Patches, SwapConfig, attach, snapshot
 from intelligent_vram.vram.units import GIB, MIB
 
+from .hog import hog
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
@@ -27,45 +26,9 @@ pytestmark = [
 CONFIG: WanConfig = replace(WAN_14B, num_layers=4)
 SMALL: WanConfig = replace(WAN_14B, dim=1536, ffn_dim=8960, num_heads=12, num_layers=4)
 FORWARDS = 100
+EARLY = 20
 RUNS = int(os.environ.get("RELIABILITY_RUNS", "60"))
 MODES = ("adaptive", "chunkwise", "layerwise")
-
-# takes memory down to a random rest of what is free, and gives it back, until its standard input ends
-HOG = """
-import random, select, sys, torch
-dice, least, most = random.Random(int(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])
-torch.zeros(1, device="cuda")
-print("ready", flush=True)
-while not select.select([sys.stdin], [], [], dice.random() * 0.2)[0]:
-    free, _ = torch.cuda.mem_get_info()
-    leave = dice.randint(least, most)
-    try:
-        held = torch.empty(max(0, free - leave), dtype=torch.uint8, device="cuda")
-    except torch.OutOfMemoryError:
-        continue
-    if select.select([sys.stdin], [], [], dice.random() * 0.4)[0]:
-        break
-    del held
-    torch.cuda.empty_cache()
-"""
-
-
-@contextmanager
-def hog(seed: int, least: int, most: int) -> Iterator[None]:
-    """Another process leaves between ``least`` and ``most`` bytes of the card free, and changes its mind."""
-    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOG, str(seed), str(least), str(most)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": uuid},
-    ) as process:
-        assert process.stdout.readline().strip() == "ready"
-        try:
-            yield
-        finally:
-            process.stdin.close()
 
 
 @pytest.fixture(autouse=True)
@@ -200,9 +163,9 @@ def test_memory_after_many_runs_is_what_it_was_after_a_few() -> None:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         used.append((psutil.Process().memory_info().rss, total - free, torch.cuda.memory_allocated()))
-    print(f"\nRAM, VRAM, allocated after run {RUNS // 3}: {used[RUNS // 3]}, after run {RUNS}: {used[-1]}")
-    # of the same place in the cycle of what changes
-    then, now = (max(values) for values in (used[RUNS // 3 : RUNS // 3 + 12], used[-12:]))
+    print(f"\nRAM, VRAM, allocated after run {EARLY}: {used[EARLY]}, after run {RUNS}: {used[-1]}")
+    # the most of each, over a whole cycle of what changes
+    then, now = ([max(values) for values in zip(*runs, strict=True)] for runs in (used[EARLY : EARLY + 12], used[-12:]))
     assert all(b <= a * 1.01 for a, b in zip(then, now, strict=True))
 
 

@@ -18,6 +18,8 @@ HERE = Path(__file__).resolve().parent
 PACK = HERE.parent.parent
 PACK_NAME = "ComfyUI-IntelligentVRAM"
 POLL_SECONDS = 0.05
+CONTEXT_GIB = 1.0  # more than a CUDA context, its libraries and what torch allocates at least take
+TOO_SMALL_GIB = 0.002
 # On a CPU that other work shares, threads that wait for each other make a tiny model's step 50 times slower.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -245,9 +247,25 @@ class ComfyServer:
     def queue(self, prompt: Mapping[str, Any]) -> str:
         """Queue a prompt in API format; returns its id. PromptFailed if ComfyUI rejects it, with the node errors."""
         try:
-            return self.post("/prompt", {"prompt": prompt})["prompt_id"]
+            return self.post("/prompt", {"prompt": self._with_context(prompt)})["prompt_id"]
         except urllib.error.HTTPError as error:
             raise PromptFailed(f"ComfyUI rejected the prompt: {error.read().decode()}") from None
+
+    def _with_context(self, prompt: Mapping[str, Any]) -> dict[str, Any]:
+        """``prompt`` with room for what CUDA itself takes in the limits of tiny models. Those that are to be refused stay."""
+
+        def limit(value: Any) -> Any:
+            return value + CONTEXT_GIB if TOO_SMALL_GIB < value < CONTEXT_GIB else value
+
+        if not self.host.cuda:
+            return dict(prompt)
+        return {
+            number: {
+                **node,
+                "inputs": {k: limit(v) if k == "max_vram_gb" else v for k, v in node["inputs"].items()},
+            }
+            for number, node in prompt.items()
+        }
 
     def wait(self, prompt_id: str, timeout: float = 120, *, check: bool = True) -> dict[str, Any]:
         """The prompt's history entry, once it is done. With `check`, PromptFailed unless it succeeded."""

