@@ -41,9 +41,9 @@ def configurations(layers: int) -> dict[str, SwapConfig]:
 
 
 def ram() -> int:
-    """Bytes of this process that are in no file."""
-    memory = psutil.Process().memory_info()
-    return memory.rss - memory.shared
+    """Bytes of RAM that are taken on this machine, files in the page cache not counted."""
+    memory = psutil.virtual_memory()
+    return memory.total - memory.available
 
 
 def measured(
@@ -132,7 +132,7 @@ def from_files(config: object, folder: Path) -> None:
         seconds = time.perf_counter() - start
         gc.collect()
         print(
-            f"set-up from {name}: {seconds:.2f} s, arena {swap.packed.host_bytes / GIB:.2f} GiB, process RAM "
+            f"set-up from {name}: {seconds:.2f} s, arena {swap.packed.host_bytes / GIB:.2f} GiB, RAM "
             f"{(ram() - base) / GIB:+.2f} GiB",
             flush=True,
         )

@@ -108,6 +108,7 @@ class Forward:
         swap.ready()
         self.hold()
         swap.adapter.before(self._elements, self._budget)
+        self._failed = limit.failed_allocations(swap.device)
         swap.streamer.begin(self.look, self._repeats)
 
     def hold(self) -> None:
@@ -117,7 +118,6 @@ class Forward:
         self._budget = limit.budget_now(swap.device, swap.limit, self.outside_torch)
         self._held = limit.held(swap.device, self._budget)
         self._held.__enter__()
-        self._failed = limit.failed_allocations(swap.device)
 
     def let_loose(self) -> None:
         """Bind torch's allocator no more."""
@@ -201,6 +201,7 @@ class Forward:
                 self.swap.mend()
                 self.hold()
                 self.swap.adapter.start_smaller(self._budget)
+                self._failed = limit.failed_allocations(self.swap.device)
                 self._repeats += 1
                 self.swap.streamer.begin(self.look, self._repeats)
             except BaseException as failure:

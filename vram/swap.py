@@ -212,6 +212,7 @@ class Swap:
             rates, wanted = None, plain_is_shorter(record)
         else:
             rates = coding.faster(self._layers, record)
+            self.link.trim()  # what that took is not left to other streams
             wanted = rates is not None
         weights = sum(layer.nbytes for layer in self._layers)
         if not wanted or ram()[1] < weights:

@@ -90,7 +90,7 @@ def test_another_lora_strength_packs_only_what_the_lora_touches(
     streamed = [latent(comfy_server, wan, between=[swap(), lora(wan_lora, s)]) for s in strengths]
     assert all(torch.equal(a, b) for a, b in zip(streamed, expected, strict=True))
     first, *others = packed_bytes(comfy_server.log_text()[start:])
-    assert first > 15
+    assert first > 8  # MiB, in float16; twice that on a CPU
     assert len(others) == len(strengths) - 1
     assert all(0 < size < first / 5 for size in others)
 
@@ -222,7 +222,8 @@ def test_torch_compile_of_the_model_works(comfy_server: ComfyServer, wan: str, w
         pytest.skip(f"this ComfyUI does not compile the model without the node either: {str(error).splitlines()[0]}")
     patches = [compiled, swap()] if where == "before" else [swap(), compiled]
     streamed = latent(comfy_server, wan, steps=2, between=patches)
-    assert torch.allclose(streamed, expected, rtol=1e-3, atol=1e-3)
+    # a GPU computes in float16
+    assert (streamed - expected).norm() < (1e-2 if comfy_server.host.cuda else 1e-4) * expected.norm()
 
 
 def test_on_a_cpu_the_model_passes_through_and_the_log_says_why(comfy_host: Host, tmp_path: Any) -> None:
