@@ -81,8 +81,9 @@ def lossless_input() -> tuple[list[str], dict[str, str]]:
         {
             "default": "auto",
             "tooltip": "Keep the weights encoded without loss in RAM and on the link, and decode them on the GPU: a third fewer "
-            "bytes of bf16 weights, an eighth of FP8. auto: where that is faster on this card and nvCOMP is installed "
-            "(pip install nvidia-libnvcomp-cu13), not in layerwise; on: always; off: never. The result is the same to the bit.",
+            "bytes of bf16 weights, an eighth of float16 and FP8. auto: after a few steps, where these wait for copies and would "
+            "be shorter (not in layerwise), or at once where plain weights do not fit the RAM; needs nvCOMP (pip install "
+            "nvidia-libnvcomp-cu13). on: always; off: never. The result is the same to the bit.",
         },
     )
 
