@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .coding import AUTO
 from .config import SwapConfig
+from .host_budget import ram
 from .memory import snapshot
 from .plan import Plan, Timing, Unit, by_block, choose, cut, fit, single_layers, stream_all, stream_blocks
 from .telemetry import ForwardRecord
 from .units import MIB, format_bytes
+from .worth import plain_is_shorter
 
 if TYPE_CHECKING:
     from .swap import Swap
@@ -76,7 +79,7 @@ class Adapter:
 
     def first(self) -> Plan:
         """The plan before anything was measured. Adaptive mode begins small; all do after memory ran out."""
-        config, sizes = self._config, self.swap._sizes
+        config, sizes = self._config, self.swap.weights.sizes
         single = config.mode == "layerwise" or self._starved >= SINGLE_LAYERS
         if config.streamed_blocks is not None and not self._starved:
             units = single_layers(sizes) if single else cut(by_block(sizes), config.block_size)
@@ -211,12 +214,32 @@ class Adapter:
             self.swap.apply(plan)
 
     def _recoded(self) -> bool:
-        """Whether forwards like the last one are shorter with weights encoded, or plain again, and they are so now. Asked once
-        for each size of inputs."""
-        swap = self.swap
-        self._weighed = self._elements
-        record = swap.telemetry.last(wait=True) if swap.may_recode else None
-        return record is not None and record.index == swap.telemetry.forwards - 1 and swap.recode(record)
+        """Encode the weights, or decode those that were encoded for speed, where forwards like the last one are shorter that
+        way and there is RAM for both. Asked once for each size of inputs. True if that was done, which takes the first plan.
+
+        layerwise mode is for the least memory, and decoding takes some; what lies on another card stays as it is.
+        """
+        swap, weights, self._weighed = self.swap, self.swap.weights, self._elements
+        chooses = self._config.lossless == AUTO and self._config.mode != "layerwise" and weights.offload is None
+        record = swap.telemetry.last(wait=True) if chooses and weights.coding.fast else None
+        if record is None or record.index != swap.telemetry.forwards - 1:
+            return False
+        encoded, rates = weights.coding.for_speed, None
+        if not encoded:
+            rates = weights.coding.faster(weights.layers, record)
+            swap.link.trim()  # what that took is not left to other streams
+        wanted = plain_is_shorter(record) if encoded else rates is not None
+        if not wanted or ram()[1] < weights.nbytes:
+            return False
+        log.info(
+            "block swap: a forward takes %.3f s, of which %.3f s waiting for copies: %s of weights are %s",
+            record.seconds,
+            record.stall,
+            format_bytes(weights.nbytes),
+            "decoded, because that costs more than it saves" if encoded else "encoded, so that fewer bytes are copied",
+        )
+        swap.take_other_weights(rates)
+        return True
 
     def _decide(self, budget: int) -> None:
         """The first plan after a measurement."""
@@ -264,7 +287,7 @@ class Adapter:
         return True
 
     def _whole_need(self) -> int:
-        return self._beside + self._margin + sum(size.nbytes for size in self.swap._sizes)
+        return self._beside + self._margin + sum(size.nbytes for size in self.swap.weights.sizes)
 
     def _replan(self, budget: int) -> None:
         self._planned_budget = budget
@@ -293,9 +316,9 @@ class Adapter:
 
     def _best(self, room: int) -> Plan:
         config = self._config
-        units = cut(self.swap._sizes, config.block_size)
+        units = cut(self.swap.weights.sizes, config.block_size)
         if config.mode == "adaptive" and self._timing is not None and config.slots is None:
-            plan = choose(self.swap._sizes, self._measured_units, self._timing, room, config.block_size)
+            plan = choose(self.swap.weights.sizes, self._measured_units, self._timing, room, config.block_size)
         else:
             plan = fit(units, room, config.slots or FIRST_SLOTS) or fit(units, room, 2)
         if plan is not None:

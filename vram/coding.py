@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from .codec import Batch, Codec, NoCodec, codec_for, kind_of, padded, read_chunks
+from .codec_nvcomp import is_installed
 from .config import LOSSLESS as CHOICES
 from .discover import Layer
 from .encoded import EncodedTensor, is_encoded
@@ -177,6 +178,11 @@ class Coding:
             workers.release()
         total = sum(layer.nbytes for layer in layers)
         return rates if rates is not None and rates.shorten(record, total) else None
+
+    @property
+    def fast(self) -> bool:
+        """Whether weights are decoded about as fast as they cross the link: on a GPU, by nvCOMP."""
+        return self.device.type == "cuda" and is_installed()
 
     def _plain(self, layers: Sequence[Layer]) -> list[Layer]:
         """Layers with weights that could be encoded and are not."""

@@ -31,7 +31,7 @@ def plan_that_fits(swap: Swap, plan: Plan, rest: Sequence[Slotted], now: MemoryS
     if swap.config.streamed_blocks is not None:
         advice = " blocks_to_swap keeps all other blocks there: raise it, or let it be 0 to stream as many as it takes."
     else:
-        layers = stream_all(single_layers(swap.packed.sizes), 0).device_bytes + beside
+        layers = stream_all(single_layers(swap.weights.sizes), 0).device_bytes + beside
         advice = (
             f" Layerwise mode would do with about {format_bytes(layers + swap.limit - budget)}."
             if swap.config.mode != "layerwise" and layers < needed

@@ -12,15 +12,13 @@ from torch import nn
 
 from . import limit
 from .adapt import Adapter
-from .codec_nvcomp import is_installed
-from .coding import AUTO, OFF, Coding, DoesNotFit
+from .coding import AUTO, OFF
 from .config import SwapConfig
 from .device import resolve
-from .discover import WHOLE, Layer, Scope, Slotted, find_blocks
+from .discover import WHOLE, Scope, Slotted, find_blocks
 from .fits import plan_that_fits
 from .forward import Forward
 from .gates import MARK, InstancePatches, as_function, gate, hide_from_compile, stay
-from .host_budget import ram
 from .link import open_link
 from .memory import snapshot
 from .offload import find_offload_device
@@ -29,9 +27,10 @@ from .plan import Plan, Timing, Unit
 from .repeat import let_go, out_of_memory
 from .rest import Rest, sort_tensors
 from .stream import Streamer, StreamUnit
-from .telemetry import ForwardRecord, Telemetry
+from .telemetry import Telemetry
 from .units import format_bytes
-from .worth import Rates, plain_is_shorter
+from .weights import Weights
+from .worth import Rates
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +74,6 @@ class Swap:
         self.link = open_link(device)
         self.telemetry = Telemetry(self.link)
         self.streamer = Streamer(self.link, self.telemetry)
-        self.packed: PackedModel | None = None
         self.plan: Plan | None = None
         self.limit = 0
         self.setup_seconds = 0.0
@@ -84,11 +82,18 @@ class Swap:
         self._forward = Forward(self)
         self._patches = NO_PATCHES
         self._undone: Plan | None = None  # the plan to go back to, while it is not sure which patches the weights have
-        self._sizes: list = []
-        self._layers: list[Layer] = []
-        self._progress: Progress | None = None
+        self._weights: Weights | None = None
         self.adapter: Adapter | None = None
-        self._coding: Coding | None = None
+
+    @property
+    def packed(self) -> PackedModel | None:
+        """The packed weights that are streamed; None while the engine is not attached."""
+        return self._weights.packed if self._weights is not None else None
+
+    @property
+    def weights(self) -> Weights:
+        """The streamed weights, while the engine is attached."""
+        return self._weights
 
     @property
     def rest_bytes(self) -> int:
@@ -132,15 +137,15 @@ class Swap:
         now = limit.now_free(self.device)
         self.limit = self.config.max_vram or limit.automatic_limit(now)
         lossless = self.config.lossless if offload is None else OFF  # on another card they lie as they are
-        packed = self._lay_out(streamed, packed, lossless, progress)
-        packed.offload = offload
-        self._layers, self._progress = streamed, progress
-        for slotted, reason in packed.left_out:
+        self._weights = weights = Weights(self.device, self.config, streamed, packed, progress, offload)
+        weights.lay_out(lossless)
+        for slotted, reason in weights.packed.left_out:
             log.warning("%s stays resident, because it cannot be packed: %s", slotted.path, reason)
-        rest += [slotted for slotted, _ in packed.left_out]
+        rest += [slotted for slotted, _ in weights.packed.left_out]
         self.adapter = Adapter(self)
         plan_that_fits(self, self.adapter.first(), rest, now)  # before anything is moved
-        written = self._pack(patches)
+        written = weights.pack(patches)
+        weights.packed.owner = self
         first = plan_that_fits(self, self.adapter.first(), rest, now)
         self._patches = patches
         self._rest.place(rest, patches)
@@ -165,84 +170,27 @@ class Swap:
             self.plan.describe(),
         )
 
-    def _lay_out(
-        self,
-        layers: list[Layer],
-        packed: PackedModel | None,
-        lossless: str,
-        progress: Progress | None,
-        rates: Rates | None = None,
-    ) -> PackedModel:
-        """The weights of layers encoded or not, and each with a place: that in ``packed`` if they are still the same."""
-        self._coding = packed.coding if packed is not None else Coding(self.device)
-        self._coding.prepare(lossless, layers, self.config.host_budget, progress, rates)
-        if packed is not None and not packed.renew(layers):
-            packed.close()
-            packed = None
-        if packed is None:
-            packed = PackedModel(self.device, layers, self.config.block_size, self.config.host_budget)
-            packed.coding = self._coding
-        self.packed, self._sizes = packed, packed.sizes
-        return packed
-
-    def _pack(self, patches: Patches) -> int:
-        """Pack what is laid out, plain if patched weights do not fit encoded, and page-lock it. Returns the bytes written."""
-        try:
-            written = self.packed.pack(patches, self._progress)
-        except DoesNotFit as reason:
-            log.warning("%s; the weights are streamed as they are", reason)
-            written = self._lay_out(self._layers, self.packed, OFF, self._progress).pack(patches, self._progress)
-        self.packed.page_lock()
-        self.packed.owner = self
-        return written
-
-    @property
-    def may_recode(self) -> bool:
-        """Whether it is the engine's to choose by speed if weights are encoded. layerwise mode is for the least memory, and
-        decoding takes some; what lies on another card stays as it is."""
-        config = self.config
-        chooses = config.lossless == AUTO and config.mode != "layerwise" and self.packed.offload is None
-        return chooses and self.device.type == "cuda" and is_installed()
-
-    def recode(self, record: ForwardRecord) -> bool:
-        """Between forwards: encode the weights, or decode those that were encoded for speed, where a forward like ``record``
-        would be shorter that way, and there is RAM for both. True if that was done; the first plan is then taken over."""
-        coding, encoded = self._coding, self._coding.for_speed
-        if encoded:
-            rates, wanted = None, plain_is_shorter(record)
-        else:
-            rates = coding.faster(self._layers, record)
-            self.link.trim()  # what that took is not left to other streams
-            wanted = rates is not None
-        weights = sum(layer.nbytes for layer in self._layers)
-        if not wanted or ram()[1] < weights:
-            return False
-        log.info(
-            "block swap: a forward takes %.3f s, of which %.3f s waiting for copies: %s of weights are %s",
-            record.seconds,
-            record.stall,
-            format_bytes(weights),
-            "decoded, because that costs more than it saves" if encoded else "encoded, so that fewer bytes are copied",
-        )
-        self.take_other_weights(rates)
-        return True
-
     def take_other_weights(self, rates: Rates | None) -> None:
-        """Between forwards: weights encoded at these ``rates``, or those decoded that were encoded for speed, and packed anew.
-        When that breaks off, the model is whole, and the next forward finishes it or goes on with what there was."""
-        before, self._undone = self.packed, self._undone or self.plan
+        """Between forwards: weights encoded at these ``rates``, or those decoded that were encoded for speed; packed anew, with
+        the first plan. When that breaks off, the model is whole, and the next forward finishes it or goes on with what there
+        was."""
+        weights, before = self._weights, self.packed
+        self._undone = self._undone or self.plan
         self.streamer.drop_slots()
         try:
             if rates is None:
-                self._coding.decode()
-            self._lay_out(self._layers, self.packed, AUTO, self._progress, rates)
+                weights.coding.decode()
+            weights.lay_out(AUTO, rates)
         except BaseException:
             if self.packed is before:
-                self._coding.decode()
+                weights.coding.decode()
             raise
-        del before
-        self._undone = self.adapter.first()
-        self._pack(self._patches)
+        del before  # or its memory would live on
+        try:
+            weights.pack(self._patches)
+            self.packed.owner = self
+        finally:
+            self._undone = self.adapter.first()
         self._begin_with(self._undone)
         self._undone = None
 
@@ -355,12 +303,12 @@ class Swap:
             self.streamer.close()
             self._instance.restore()
             self._rest.clear()
-            packed, self.packed, self.plan = self.packed, None, None
-            if packed is not None:
-                packed.close()
-            if not keep_encoded and self._coding is not None and self._coding.decode():
+            weights, self._weights, self.plan = self._weights, None, None
+            if weights is None:
                 return None
-            return packed
+            if weights.packed is not None:
+                weights.packed.close()
+            return None if not keep_encoded and weights.coding.decode() else weights.packed
 
     # -- plans -------------------------------------------------------------------------------------------------------
 

@@ -554,9 +554,9 @@ def test_layerwise_is_predicted_with_the_blocks_that_the_engine_streams(streamed
     config = SwapConfig(mode="layerwise", streamed_blocks=streamed_blocks)
     swap = attach(model, config, "cpu")
     try:
-        blocks = len({size.block for size in swap._sizes if size.block is not None})
+        blocks = len({size.block for size in swap.weights.sizes if size.block is not None})
         amount = Work((0.1,) * blocks, 0.01, MIB, MIB, 0)
-        assert predict(swap._sizes, config, GIB, amount, 0, 1e9, 0).plan == swap.plan
+        assert predict(swap.weights.sizes, config, GIB, amount, 0, 1e9, 0).plan == swap.plan
     finally:
         swap.detach()
 

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from intelligent_vram.vram import Patches, SwapConfig, attach
+from intelligent_vram.vram import Patches, SwapConfig, adapt, attach
 from intelligent_vram.vram.adapt import SETTLED
+from intelligent_vram.vram.coding import Coding
 from intelligent_vram.vram.encoding import Workers
 from intelligent_vram.vram.packing import PackedModel
 from intelligent_vram.vram.telemetry import ForwardRecord, Interval
@@ -16,6 +17,7 @@ from .test_lossless import big, patches, same, values
 
 RATES = Rates(link=1e9, decoding=1e15, kept=0.67)
 CONFIG = SwapConfig(mode="chunkwise", streamed_blocks=3, block_size=1 << 20)
+LAYERWISE = SwapConfig(mode="layerwise", block_size=1 << 20)
 PATH = "blocks.1.0.weight"
 X = torch.randn(2, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
 
@@ -124,15 +126,19 @@ def test_when_it_breaks_off_the_next_forward_is_right_also_with_another_lora(mon
 def test_it_is_asked_once_a_size_of_inputs_when_the_plan_is_settled(monkeypatch):
     model, asked = big(), []
     swap = attach(model, CONFIG, "cpu")
-    monkeypatch.setattr(type(swap), "may_recode", property(lambda self: True))
 
-    def recode(self, record):
-        asked.append(record.index)
-        self.take_other_weights(RATES if len(asked) == 1 else None)
+    def faster(self, layers, record):
+        asked.append(record)
+        return RATES
+
+    def plain(record):
+        asked.append(record)
         return True
 
-    monkeypatch.setattr(type(swap), "recode", recode)
-    wanted, larger = model.__class__.forward(model, X), torch.cat([X, X])
+    monkeypatch.setattr(Coding, "fast", property(lambda self: True))
+    monkeypatch.setattr(Coding, "faster", faster)
+    monkeypatch.setattr(adapt, "plain_is_shorter", plain)
+    wanted, larger = type(model).forward(model, X), torch.cat([X, X])
     for _ in range(3 * SETTLED):
         assert torch.equal(model(X), wanted)
     assert len(asked) == 1
@@ -144,6 +150,34 @@ def test_it_is_asked_once_a_size_of_inputs_when_the_plan_is_settled(monkeypatch)
     for _ in range(3 * SETTLED):
         assert torch.equal(model(X), wanted)
     assert len(asked) == 2
+    swap.detach()
+
+
+@torch.no_grad()
+def test_without_ram_for_both_and_where_the_user_chose_nothing_is_encoded(monkeypatch):
+    monkeypatch.setattr(Coding, "fast", property(lambda self: True))
+    monkeypatch.setattr(Coding, "faster", lambda self, layers, record: RATES)
+    for config, available in ((CONFIG, 0), (replace(CONFIG, lossless="off"), 1 << 40), (LAYERWISE, 1 << 40)):
+        monkeypatch.setattr(adapt, "ram", lambda available=available: (1 << 40, available))
+        model = big()
+        swap = attach(model, config, "cpu")
+        for _ in range(3 * SETTLED):
+            model(X)
+        assert not encoded(swap)
+        swap.detach()
+
+
+@torch.no_grad()
+def test_weights_whose_lora_does_not_fit_encoded_are_plain_again():
+    model = big()
+    noise = torch.randint(-0x4000, 0x3F00, (256, 256), dtype=torch.int16).view(torch.bfloat16)
+    swap = attach(
+        model, CONFIG, "cpu", patches=Patches(lambda path: 1 if path == PATH else None, lambda path, tensor: noise)
+    )
+    wanted = model(X)
+    swap.take_other_weights(RATES)
+    assert not encoded(swap)
+    assert torch.equal(model(X).view(torch.int16), wanted.view(torch.int16))  # it may be NaN
     swap.detach()
 
 

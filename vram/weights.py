@@ -1,0 +1,72 @@
+"""The streamed weights of one attached model: encoded or plain, each with a place, packed and page-locked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from .coding import OFF, Coding, DoesNotFit
+from .config import SwapConfig
+from .discover import Layer
+from .offload import OffloadDevice
+from .packing import PackedModel, Patches, Progress
+from .plan import LayerSize
+from .worth import Rates
+
+log = logging.getLogger(__name__)
+
+
+class Weights:
+    """Packs ``layers`` for streaming to ``device`` as ``config`` says; ``packed`` is what an earlier packing of them left,
+    ``offload`` another card that they are to wait on. ``coding`` says which of them are encoded, ``sizes`` how large they are
+    as planning sees them."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        config: SwapConfig,
+        layers: Sequence[Layer],
+        packed: PackedModel | None,
+        progress: Progress | None,
+        offload: OffloadDevice | None,
+    ) -> None:
+        self.device = device
+        self.config = config
+        self.layers = layers
+        self.packed = packed
+        self.offload = offload
+        self.coding = packed.coding if packed is not None else Coding(device)
+        self.sizes: list[LayerSize] = []
+        self._progress = progress
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, plain."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def lay_out(self, lossless: str, rates: Rates | None = None) -> None:
+        """Encode or decode weights as ``Coding.prepare`` says, and give each its place: that in ``packed`` if they are still
+        the same. When encoding fails ``packed`` is what it was, and ``coding`` is to decode."""
+        self.coding.prepare(lossless, self.layers, self.config.host_budget, self._progress, rates)
+        if self.packed is not None and not self.packed.renew(self.layers):
+            self.packed.close()
+            self.packed = None
+        if self.packed is None:
+            self.packed = PackedModel(self.device, self.layers, self.config.block_size, self.config.host_budget)
+            self.packed.coding = self.coding
+        self.packed.offload = self.offload
+        self.sizes = self.packed.sizes
+
+    def pack(self, patches: Patches) -> int:
+        """Pack what is laid out, plain if patched weights do not fit encoded, and page-lock it. Returns the bytes written.
+        Raises what ``PackedModel.pack`` does."""
+        try:
+            written = self.packed.pack(patches, self._progress)
+        except DoesNotFit as reason:
+            log.warning("%s; the weights are streamed as they are", reason)
+            self.lay_out(OFF)
+            written = self.packed.pack(patches, self._progress)
+        self.packed.page_lock()
+        return written
