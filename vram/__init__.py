@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from .config import SwapConfig
     from .discover import NoBlocks
     from .memory import MemorySnapshot, snapshot
-    from .packing import PackedModel, Patches
+    from .packing import PackedModel
+    from .patches import Patches
     from .plan import LimitTooSmall, Plan
     from .swap import Swap, attach
     from .telemetry import ForwardRecord
@@ -33,7 +34,8 @@ _HOMES = {
     "config": ("SwapConfig",),
     "discover": ("NoBlocks",),
     "memory": ("MemorySnapshot", "snapshot"),
-    "packing": ("PackedModel", "Patches"),
+    "packing": ("PackedModel",),
+    "patches": ("Patches",),
     "plan": ("LimitTooSmall", "Plan"),
     "swap": ("Swap", "attach"),
     "telemetry": ("ForwardRecord",),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +18,7 @@ from .lending import Lender, Owner
 from .mapped_files import MappedFile, files_behind
 from .offload import OffloadDevice
 from .page_lock import Registrar
+from .patches import NO_PATCHES, Patches, Progress, patched
 from .plan import LayerSize
 from .segments import PackedEntry, PackedLayer, Segment, into_segments, lay_out
 from .staging import Piece
@@ -26,38 +26,8 @@ from .units import format_bytes
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Patches:
-    """Changes to weights that are made when they are packed (LoRA).
-
-    ``signature(path)`` is None for a weight that is not patched, else a value that changes when its patch does.
-    ``apply(path, tensor)`` returns the patched weight, on any device, in the dtype and shape of ``tensor``, which it
-    leaves alone.
-    """
-
-    signature: Callable[[str], Hashable | None]
-    apply: Callable[[str, torch.Tensor], torch.Tensor]
-
-
-NO_PATCHES = Patches(lambda path: None, lambda path, tensor: tensor)
-
-
 # signature of a weight that is to be packed again, whatever its patch
 _STALE = object()
-
-
-def patched(path: str, tensor: torch.Tensor, patches: Patches) -> torch.Tensor:
-    """The patched weight. Raises ValueError when its shape or dtype, or that of a part, is not the original's."""
-    result = patches.apply(path, tensor)
-    for part, like in zip(leaves(result), leaves(tensor), strict=True):
-        if part.shape != like.shape or part.dtype != like.dtype:
-            raise ValueError(
-                f"the patched weight {path} is {tuple(part.shape)} {part.dtype}, not {tuple(like.shape)} {like.dtype}"
-            )
-    return result
 
 
 class PackedModel:

@@ -13,7 +13,7 @@ from .config import SwapConfig
 from .discover import WHOLE, Layer, Scope, Slotted, shared_tensors, take_apart, tensor_bytes
 from .encoded import is_encoded
 from .layout import CannotPack, flatten, leaves
-from .packing import Patches, patched
+from .patches import Patches, patched
 from .units import MIB
 
 # Layers below 1 MiB and below 1/1024 of the weights are resident: copying them costs more in latency than they take.

@@ -22,7 +22,8 @@ from .gates import MARK, InstancePatches, as_function, gate, hide_from_compile, 
 from .link import open_link
 from .memory import snapshot
 from .offload import find_offload_device
-from .packing import NO_PATCHES, PackedModel, Patches, Progress
+from .packing import PackedModel
+from .patches import NO_PATCHES, Patches, Progress
 from .plan import Plan, Timing, Unit
 from .repeat import let_go, out_of_memory
 from .rest import Rest, sort_tensors

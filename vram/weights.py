@@ -11,7 +11,8 @@ from .coding import OFF, Coding, DoesNotFit
 from .config import SwapConfig
 from .discover import Layer
 from .offload import OffloadDevice
-from .packing import PackedModel, Patches, Progress
+from .packing import PackedModel
+from .patches import Patches, Progress
 from .plan import LayerSize
 from .worth import Rates
 

@@ -29,7 +29,7 @@ from ..config import SwapConfig
 from ..device import why_not_stream
 from ..discover import Scope, find_blocks
 from ..memory import snapshot
-from ..packing import Patches
+from ..patches import Patches
 from ..swap import Swap, attach
 from ..units import GIB
 from . import panel
