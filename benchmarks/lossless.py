@@ -69,6 +69,7 @@ def main() -> None:
         "--files", type=Path, help="a folder with room for two files of the model: measure set-up from files too"
     )
     parser.add_argument("--only-files", action="store_true")
+    parser.add_argument("--rounds", type=int, default=2, help="of set-up from files")
     parser.add_argument("-v", action="store_true")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO if args.v else logging.WARNING, format="%(message)s")
@@ -77,7 +78,7 @@ def main() -> None:
         if not args.only_files:
             compare(config, args)
         if args.files is not None:
-            from_files(config, args.files)
+            from_files(config, args.files, args.rounds)
 
 
 def compare(config: object, args: argparse.Namespace) -> None:
@@ -111,7 +112,7 @@ def compare(config: object, args: argparse.Namespace) -> None:
                 )
 
 
-def from_files(config: object, folder: Path) -> None:
+def from_files(config: object, folder: Path, rounds: int) -> None:
     """Set-up from a plain and from an encoded file; both are in the page cache."""
     folder.mkdir(parents=True, exist_ok=True)
     plain, packed = folder / "plain.safetensors", folder / "encoded.safetensors"
@@ -138,7 +139,7 @@ def from_files(config: object, folder: Path) -> None:
         )
         swap.detach(keep_encoded=True)
 
-    for _ in range(2):
+    for _ in range(rounds):
         setup("a plain file", lambda: load_file(plain), "off")
         setup("a plain file, encoded then", lambda: load_file(plain), "on")
         setup("an encoded file", lambda: load_encoded(packed)[0], "on")
