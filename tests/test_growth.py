@@ -22,6 +22,12 @@ MIB = 1 << 20
 KEPT = []
 
 
+@pytest.fixture(autouse=True)
+def clean() -> None:
+    """What earlier tests left to the garbage collector would go, or look different, in the middle of a test."""
+    gc.collect()
+
+
 class Pipe:
     """Keeps every frame, and a cache of each."""
 
