@@ -14,6 +14,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from intelligent_vram.cli.wan import WAN_14B, meta_model
 from intelligent_vram.vram import NoBlocks, SwapConfig, attach, hardware
+from intelligent_vram.vram import advise as advise_module
 from intelligent_vram.vram import plan as plans
 from intelligent_vram.vram.advice_report import as_json, report
 from intelligent_vram.vram.advise import (
@@ -386,6 +387,19 @@ def test_where_copies_hide_behind_compute_the_rest_of_the_card_stays_free(models
     assert many.config.max_vram == int(0.5 * card.device_total)
     assert many.prediction.seconds <= 1.02 * many.prediction.compute
     assert few.config.max_vram > 0.8 * card.device_total
+
+
+@pytest.mark.parametrize(
+    ("lossless", "tokens", "encoded"),
+    [("auto", WANT_FEW, True), ("auto", WANT_MANY, False), ("on", WANT_MANY, True), ("off", WANT_FEW, False)],
+)
+def test_encoded_weights_are_planned_with_where_they_are_faster(models, monkeypatch, lossless, tokens, encoded):
+    monkeypatch.setattr(advise_module, "is_installed", lambda: True)
+    wishes = Wishes(max_vram=8 * GIB, lossless=lossless)
+    advice = advise(models["bf16"], machine(), wishes, tokens, WANVIDEO)
+    assert (advice.prediction.plan.encoded_bytes > 0) == encoded
+    plain = advise(models["bf16"], machine(), replace(wishes, lossless="off"), tokens, WANVIDEO).prediction
+    assert lossless == "on" or advice.prediction.seconds <= plain.seconds
 
 
 def test_what_other_programs_hold_is_not_available():
