@@ -27,7 +27,8 @@ class SwapConfig:
     offload_device: where streamed weights wait: None or "cpu", RAM; "cuda:1", that card's memory as far as it has room, with the
         rest in RAM. It must not be the card that computes.
     block_names: names or paths of the module lists that hold blocks; None: those that are known.
-    lossless: whether weights are kept encoded in RAM and on the link. "auto": where that is faster, "on", "off".
+    lossless: whether weights are kept encoded in RAM and on the link. "auto": once forwards are seen to wait for copies and would
+        be shorter, or at once where plain weights do not fit the RAM, "on", "off".
     """
 
     max_vram: int | None = None
