@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .coding import AUTO
 from .config import SwapConfig
 from .host_budget import ram
 from .memory import snapshot
@@ -25,7 +24,7 @@ FIRST_SLOTS = 3
 FIRST_SHARE = 0.6  # of what is free for units and activations, before activations are known
 MARGIN = 32 * MIB
 REGROW_AFTER = 8
-SETTLED = 3  # forwards after the measured one until it is asked if other weights would be faster
+SETTLED = 2  # forwards after the measured one until it is asked if other weights would be faster
 LOOKS = 3  # forwards after each plan whose memory is looked at once more
 SINGLE_LAYERS = 4  # times that memory ran out: units of a half, a quarter, an eighth of their size, then layer by layer
 CAUTION = 8 * MARGIN  # left free after memory ran out, doubled each time
@@ -215,13 +214,9 @@ class Adapter:
 
     def _recoded(self) -> bool:
         """Encode the weights, or decode those that were encoded for speed, where forwards like the last one are shorter that
-        way and there is RAM for both. Asked once for each size of inputs. True if that was done, which takes the first plan.
-
-        layerwise mode is for the least memory, and decoding takes some; what lies on another card stays as it is.
-        """
+        way and there is RAM for both. Asked once for each size of inputs. True if that was done, which takes the first plan."""
         swap, weights, self._weighed = self.swap, self.swap.weights, self._elements
-        chooses = self._config.lossless == AUTO and self._config.mode != "layerwise" and weights.offload is None
-        record = swap.telemetry.last(wait=True) if chooses and weights.coding.fast else None
+        record = swap.telemetry.last(wait=True) if weights.chooses else None
         if record is None or record.index != swap.telemetry.forwards - 1:
             return False
         encoded, rates = weights.coding.for_speed, None
@@ -240,6 +235,16 @@ class Adapter:
         )
         swap.take_other_weights(rates)
         return True
+
+    def seen(self) -> ForwardRecord | None:
+        """The last forward, with plain weights under a plan that was decided; None where there was none such. For the next time
+        that the model is attached: hosts attach it for each run, and a run may be shorter than it takes to settle."""
+        try:
+            record = self.swap.telemetry.last() if self._settled else None
+        except Exception as error:  # the device is lost
+            log.debug("what the last forward took is not known: %s", str(error))
+            return None
+        return record if record is not None and not record.encoded_bytes else None
 
     def _decide(self, budget: int) -> None:
         """The first plan after a measurement."""

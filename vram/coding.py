@@ -117,11 +117,13 @@ def unit_coding(layers: Sequence[PackedLayer], buffer: torch.Tensor | None, devi
 
 class Coding:
     """Which weights of a model are encoded, in place, and those that were plain before. Kept with the packed weights.
-    ``for_speed``: those that are encoded are so because that is faster, and not because the user or RAM demands it."""
+    ``for_speed``: those that are encoded are so because that is faster, and not because the user or RAM demands it.
+    ``seen``: a forward of the last time that the model was attached, with plain weights."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.for_speed = False
+        self.seen: ForwardRecord | None = None
         self._encoded: list[torch.Tensor] = []
         self._left: set[int] = set()  # ids of modules whose weights it did not pay to encode
 
@@ -259,7 +261,7 @@ class Coding:
         decode_all(found, self.device)
         self._encoded.clear()
         self._left.clear()
-        self.for_speed = False
+        self.for_speed, self.seen = False, None
         return bool(found)
 
 

@@ -139,7 +139,7 @@ class Swap:
         self.limit = self.config.max_vram or limit.automatic_limit(now)
         lossless = self.config.lossless if offload is None else OFF  # on another card they lie as they are
         self._weights = weights = Weights(self.device, self.config, streamed, packed, progress, offload)
-        weights.lay_out(lossless)
+        weights.lay_out(lossless, weights.faster())
         for slotted, reason in weights.packed.left_out:
             log.warning("%s stays resident, because it cannot be packed: %s", slotted.path, reason)
         rest += [slotted for slotted, _ in weights.packed.left_out]
@@ -301,12 +301,14 @@ class Swap:
         with self._forward.lock:
             if self._forward.depth:
                 raise RuntimeError("block swap cannot be taken off a model while it computes")
+            seen = self.adapter.seen() if self.adapter is not None else None
             self.streamer.close()
             self._instance.restore()
             self._rest.clear()
             weights, self._weights, self.plan = self._weights, None, None
             if weights is None:
                 return None
+            weights.coding.seen = seen or weights.coding.seen
             if weights.packed is not None:
                 weights.packed.close()
             return None if not keep_encoded and weights.coding.decode() else weights.packed

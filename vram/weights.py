@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .coding import OFF, Coding, DoesNotFit
+from .coding import AUTO, OFF, Coding, DoesNotFit
 from .config import SwapConfig
 from .discover import Layer
 from .offload import OffloadDevice
@@ -46,6 +46,18 @@ class Weights:
     def nbytes(self) -> int:
         """Bytes of all weights, plain."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it is the engine's to choose by speed if weights are encoded. layerwise mode is for the least memory, and
+        decoding takes some; what lies on another card stays as it is."""
+        chooses = self.config.lossless == AUTO and self.config.mode != "layerwise" and self.offload is None
+        return chooses and self.coding.fast
+
+    def faster(self) -> Rates | None:
+        """The rates at which weights are to be encoded, because forwards of the last time would have been shorter so."""
+        seen = self.coding.seen if self.chooses else None
+        return self.coding.faster(self.layers, seen) if seen is not None else None
 
     def lay_out(self, lossless: str, rates: Rates | None = None) -> None:
         """Encode or decode weights as ``Coding.prepare`` says, and give each its place: that in ``packed`` if they are still

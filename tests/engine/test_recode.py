@@ -153,6 +153,24 @@ def test_it_is_asked_once_a_size_of_inputs_when_the_plan_is_settled(monkeypatch)
     swap.detach()
 
 
+@pytest.mark.parametrize("forwards", [1, 2])
+@torch.no_grad()
+def test_what_a_short_run_showed_counts_when_the_model_is_attached_again(monkeypatch, forwards):
+    monkeypatch.setattr(Coding, "fast", property(lambda self: True))
+    monkeypatch.setattr(Coding, "faster", lambda self, layers, record: RATES)
+    model = big()
+    wanted, before = model(X), contents(model)
+    swap = attach(model, CONFIG, "cpu")
+    for _ in range(forwards):
+        assert torch.equal(model(X), wanted)
+    packed = swap.detach(keep_encoded=True)
+    swap = attach(model, CONFIG, "cpu", packed=packed)
+    assert encoded(swap) == (forwards > 1)  # the first forward is measured, and shows no plan that was decided
+    assert torch.equal(model(X), wanted)
+    swap.detach()
+    assert same(contents(model), before)
+
+
 @torch.no_grad()
 def test_without_ram_for_both_and_where_the_user_chose_nothing_is_encoded(monkeypatch):
     monkeypatch.setattr(Coding, "fast", property(lambda self: True))
