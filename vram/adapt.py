@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from .config import SwapConfig
-from .host_budget import ram
 from .memory import snapshot
 from .plan import Plan, Timing, Unit, by_block, choose, cut, fit, single_layers, stream_all, stream_blocks
 from .telemetry import ForwardRecord
@@ -197,7 +196,8 @@ class Adapter:
         self._begin_measuring(budget)
 
     def failed(self) -> None:
-        """A forward ended for want of memory, or a plan could not be taken over: the next forward is measured anew."""
+        """A forward ended for want of memory, a plan could not be taken over, or weights were packed anew: the next forward is
+        measured."""
         self._largest = -1
         self._lost = True
 
@@ -224,7 +224,7 @@ class Adapter:
             rates = weights.coding.faster(weights.layers, record)
             swap.link.trim()  # what that took is not left to other streams
         wanted = plain_is_shorter(record) if encoded else rates is not None
-        if not wanted or ram()[1] < weights.nbytes:
+        if not wanted or not weights.has_room:
             return False
         log.info(
             "block swap: a forward takes %.3f s, of which %.3f s waiting for copies: %s of weights are %s",

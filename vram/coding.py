@@ -102,6 +102,8 @@ def unit_coding(layers: Sequence[PackedLayer], buffer: torch.Tensor | None, devi
             entry = packed.entry
             for spec, to, part, leaf in zip(entry.specs, entry.decoded, packed.inner, leaves(entry.host), strict=True):
                 if not is_encoded(leaf):
+                    if spec.nbytes != to.nbytes:
+                        raise RuntimeError(f"{entry.path} is packed encoded, and its tensor is plain")
                     moves.append((start + spec.offset, place + to.offset, spec.nbytes))
                     continue
                 begin = layer.start + spec.offset
@@ -124,6 +126,7 @@ class Coding:
         self.device = device
         self.for_speed = False
         self.seen: ForwardRecord | None = None
+        self._broken = False
         self._encoded: list[torch.Tensor] = []
         self._left: set[int] = set()  # ids of modules whose weights it did not pay to encode
 
@@ -146,11 +149,16 @@ class Coding:
         decode_all(foreign(layers, None if codec is None else codec.name), self.device)
         if codec is None:
             self._encoded.clear()
+            self._left.clear()
+            self.for_speed = False
             return
-        rest = self._plain(layers)
         must = choice == ON or sum(layer.nbytes for layer in layers) > (
             process_budget().quota() if budget is None else budget
         )
+        if must and self.for_speed:
+            self._left.clear()  # these did not pay, and now that is no matter
+            self.for_speed = False
+        rest = self._plain(layers)
         if not rest or not (must or rates is not None):
             return
         for file in files_behind([part for layer in rest for one in layer.tensors for part in parts_of(one.tensor)]):
@@ -161,8 +169,17 @@ class Coding:
             self._encode(workers, rest, None if must else rates.pays, progress)
         except torch.OutOfMemoryError as reason:
             log.warning("there is no device memory left to encode weights; the others stream as they are: %s", reason)
+        except (RuntimeError, MemoryError) as reason:
+            if must:
+                raise
+            self._give_up(reason)
         finally:
             workers.release()
+
+    def _give_up(self, reason: Exception) -> None:
+        """Encoding for speed is nothing to fail for."""
+        self._broken = True
+        log.warning("weights are not encoded to stream faster, because that does not work here: %s", reason)
 
     def faster(self, layers: Sequence[Layer], record: ForwardRecord) -> Rates | None:
         """The rates of this card and link where a forward like ``record``, with plain weights, would be clearly shorter with
@@ -176,6 +193,9 @@ class Coding:
         except torch.OutOfMemoryError as reason:
             log.debug("there is no device memory left to find out what encoding would save: %s", reason)
             return None
+        except (RuntimeError, MemoryError) as reason:
+            self._give_up(reason)
+            return None
         finally:
             workers.release()
         total = sum(layer.nbytes for layer in layers)
@@ -184,7 +204,7 @@ class Coding:
     @property
     def fast(self) -> bool:
         """Whether weights are decoded about as fast as they cross the link: on a GPU, by nvCOMP."""
-        return self.device.type == "cuda" and is_installed()
+        return self.device.type == "cuda" and not self._broken and is_installed()
 
     def _plain(self, layers: Sequence[Layer]) -> list[Layer]:
         """Layers with weights that could be encoded and are not."""

@@ -138,6 +138,12 @@ class Streamer:
                     slot.unit = None
                 self.floating_bytes = 0
 
+    def forget_sources(self) -> None:
+        """Let go of the memory that units are copied from: it is packed anew, and ``configure`` comes before the next copy."""
+        with self.lock:
+            for unit in self.units:
+                unit.source = []
+
     def drop_slots(self) -> None:
         """Give back the memory of slots and resident units; the next forward needs ``configure`` first."""
         with self.lock:

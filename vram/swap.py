@@ -89,7 +89,8 @@ class Swap:
     @property
     def packed(self) -> PackedModel | None:
         """The packed weights that are streamed; None while the engine is not attached."""
-        return self._weights.packed if self._weights is not None else None
+        weights = self._weights  # another thread may take it off meanwhile
+        return weights.packed if weights is not None else None
 
     @property
     def weights(self) -> Weights:
@@ -173,27 +174,24 @@ class Swap:
 
     def take_other_weights(self, rates: Rates | None) -> None:
         """Between forwards: weights encoded at these ``rates``, or those decoded that were encoded for speed; packed anew, with
-        the first plan. When that breaks off, the model is whole, and the next forward finishes it or goes on with what there
-        was."""
-        weights, before = self._weights, self.packed
+        the first plan. When that breaks off, the model is whole, and the next forward begins with packing them."""
+        weights = self._weights
         self._undone = self._undone or self.plan
         self.streamer.drop_slots()
-        try:
-            if rates is None:
-                weights.coding.decode()
-            weights.lay_out(AUTO, rates)
-        except BaseException:
-            if self.packed is before:
-                weights.coding.decode()
-            raise
-        del before  # or its memory would live on
-        try:
-            weights.pack(self._patches)
-            self.packed.owner = self
-        finally:
-            self._undone = self.adapter.first()
+        if rates is None:
+            weights.decode()
+        weights.lay_out(AUTO, rates)
+        self._laid_out_anew()
+        weights.pack(self._patches)
         self._begin_with(self._undone)
         self._undone = None
+
+    def _laid_out_anew(self) -> None:
+        """What is packed from now on is not what units were made of: their memory is given back, and plans begin anew."""
+        self.streamer.forget_sources()
+        self.packed.owner = self
+        self.adapter.failed()
+        self._undone = self.adapter.first()
 
     def repack(self, patches: Patches) -> None:
         """Change the patches of an attached model between forwards: only the weights that they touch are packed again. When
@@ -213,13 +211,16 @@ class Swap:
 
     def mend(self) -> None:
         """Finish what a change of patches that failed left undone."""
-        if self._undone is not None or self.packed.torn or self._rest.torn:
+        if self._undone is not None or not self._weights.whole or self.packed.torn or self._rest.torn:
             self._change(self._patches)
 
     def _change(self, patches: Patches) -> None:
         with limit.held(self.device, limit.budget_now(self.device, self.limit, self._forward.outside_torch)):
             self._undone = self._undone or self.plan
             self.streamer.release_all()
+            if not self._weights.whole:
+                self._weights.lay_out_again()
+                self._laid_out_anew()
             self._take_patches(patches)
             self._begin_with(self._undone)
             self._patches, self._undone = patches, None
@@ -227,11 +228,14 @@ class Swap:
     def _take_patches(self, patches: Patches) -> None:
         """Bring all weights, packed and on the device, up to date with ``patches``."""
         self._rest.unbind()
+        before = self.packed
         try:
-            self.packed.pack(patches)
+            self._weights.pack(patches)
             self._rest.update(patches)
         finally:
             self._rest.bind()
+            if self.packed is not before and self._weights.whole:  # patched ones did not fit encoded
+                self._laid_out_anew()
 
     def ready(self) -> None:
         """Weights whole, and page-locked as far as the budget goes, before a forward computes with them."""
@@ -260,6 +264,8 @@ class Swap:
 
     def sources_changed(self) -> None:
         """Page-locked memory went to another model, or came back."""
+        if self._undone is not None:
+            return  # units are made anew before anything is streamed
         for unit, planned in zip(self.streamer.units, self.plan.units, strict=True):
             unit.source = self.packed.source(planned.first, planned.last)
 

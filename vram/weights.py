@@ -10,6 +10,7 @@ import torch
 from .coding import AUTO, OFF, Coding, DoesNotFit
 from .config import SwapConfig
 from .discover import Layer
+from .host_budget import page_lockable, ram
 from .offload import OffloadDevice
 from .packing import PackedModel
 from .patches import Patches, Progress
@@ -18,11 +19,16 @@ from .worth import Rates
 
 log = logging.getLogger(__name__)
 
+ROOM = 1.4  # times the plain weights: encoded ones, once as they were made and once packed
+
 
 class Weights:
     """Packs ``layers`` for streaming to ``device`` as ``config`` says; ``packed`` is what an earlier packing of them left,
     ``offload`` another card that they are to wait on. ``coding`` says which of them are encoded, ``sizes`` how large they are
-    as planning sees them."""
+    as planning sees them.
+
+    ``whole``: which weights are encoded is what ``packed`` was laid out for. While it is False nothing may be streamed or
+    packed; ``lay_out_again`` mends that."""
 
     def __init__(
         self,
@@ -40,6 +46,7 @@ class Weights:
         self.offload = offload
         self.coding = packed.coding if packed is not None else Coding(device)
         self.sizes: list[LayerSize] = []
+        self.whole = False
         self._progress = progress
 
     @property
@@ -54,14 +61,27 @@ class Weights:
         chooses = self.config.lossless == AUTO and self.config.mode != "layerwise" and self.offload is None
         return chooses and self.coding.fast
 
+    @property
+    def has_room(self) -> bool:
+        """Whether there is RAM for weights encoded and plain, while the ones become the others."""
+        return page_lockable(*ram()) >= ROOM * self.nbytes
+
     def faster(self) -> Rates | None:
         """The rates at which weights are to be encoded, because forwards of the last time would have been shorter so."""
         seen = self.coding.seen if self.chooses else None
-        return self.coding.faster(self.layers, seen) if seen is not None else None
+        return self.coding.faster(self.layers, seen) if seen is not None and self.has_room else None
+
+    def decode(self) -> None:
+        """Let the weights that were encoded here be plain; to be laid out then."""
+        self.whole = False
+        self.coding.decode()
 
     def lay_out(self, lossless: str, rates: Rates | None = None) -> None:
         """Encode or decode weights as ``Coding.prepare`` says, and give each its place: that in ``packed`` if they are still
-        the same. When encoding fails ``packed`` is what it was, and ``coding`` is to decode."""
+        the same."""
+        self.whole = False
+        if lossless == AUTO and self.coding.for_speed and not self.chooses:
+            self.coding.decode()
         self.coding.prepare(lossless, self.layers, self.config.host_budget, self._progress, rates)
         if self.packed is not None and not self.packed.renew(self.layers):
             self.packed.close()
@@ -71,6 +91,12 @@ class Weights:
             self.packed.coding = self.coding
         self.packed.offload = self.offload
         self.sizes = self.packed.sizes
+        self.whole = True
+
+    def lay_out_again(self) -> None:
+        """Laying them out broke off: as the configuration says, from the beginning."""
+        self.decode()
+        self.lay_out(self.config.lossless if self.offload is None else OFF)
 
     def pack(self, patches: Patches) -> int:
         """Pack what is laid out, plain if patched weights do not fit encoded, and page-lock it. Returns the bytes written.
