@@ -92,9 +92,12 @@ class Adapter:
         swap = self.swap
         before, self._elements = self._elements, elements
         cuda = swap.device.type == "cuda"
-        if elements > self._largest or (
-            self._settled >= SETTLED and before == elements == self._largest > self._weighed and self._recoded()
-        ):
+        if elements > self._largest:
+            seen = swap.weights.coding.seen
+            if seen is not None and not swap.telemetry.forwards and swap.weights.chooses:
+                self._recode(seen)
+            self._begin_measuring(budget)
+        elif self._settled >= SETTLED and before == elements == self._largest > self._weighed and self._recoded():
             self._begin_measuring(budget)
         elif self._fixed and self._starved:
             self._return_to_asked()
@@ -213,18 +216,21 @@ class Adapter:
             self.swap.apply(plan)
 
     def _recoded(self) -> bool:
-        """Encode the weights, or decode those that were encoded for speed, where forwards like the last one are shorter that
-        way and there is RAM for both. Asked once for each size of inputs. True if that was done, which takes the first plan."""
-        swap, weights, self._weighed = self.swap, self.swap.weights, self._elements
-        record = swap.telemetry.last(wait=True) if weights.chooses else None
-        if record is None or record.index != swap.telemetry.forwards - 1:
-            return False
+        """Whether weights were encoded, or decoded again, because of the last forward. Asked once for each size of inputs."""
+        swap, self._weighed = self.swap, self._elements
+        record = swap.telemetry.last(wait=True) if swap.weights.chooses else None
+        return record is not None and record.index == swap.telemetry.forwards - 1 and self._recode(record)
+
+    def _recode(self, record: ForwardRecord) -> bool:
+        """Encode the weights, or decode those that were encoded for speed, where forwards like ``record`` are shorter that way
+        and there is RAM for both. True if that was done, which takes the first plan."""
+        swap, weights = self.swap, self.swap.weights
         encoded, rates = weights.coding.for_speed, None
         if not encoded:
             rates = weights.coding.faster(weights.layers, record)
             swap.link.trim()  # what that took is not left to other streams
         wanted = plain_is_shorter(record) if encoded else rates is not None
-        if not wanted or not weights.has_room:
+        if not wanted or not weights.has_room(encode=not encoded):
             return False
         log.info(
             "block swap: a forward takes %.3f s, of which %.3f s waiting for copies: %s of weights are %s",

@@ -140,7 +140,7 @@ class Swap:
         self.limit = self.config.max_vram or limit.automatic_limit(now)
         lossless = self.config.lossless if offload is None else OFF  # on another card they lie as they are
         self._weights = weights = Weights(self.device, self.config, streamed, packed, progress, offload)
-        weights.lay_out(lossless, weights.faster())
+        weights.lay_out(lossless)
         for slotted, reason in weights.packed.left_out:
             log.warning("%s stays resident, because it cannot be packed: %s", slotted.path, reason)
         rest += [slotted for slotted, _ in weights.packed.left_out]

@@ -19,7 +19,8 @@ from .worth import Rates
 
 log = logging.getLogger(__name__)
 
-ROOM = 1.4  # times the plain weights: encoded ones, once as they were made and once packed
+# RAM, as a share of the plain weights: what is made, beside what was packed, which goes before that is packed in its place
+ROOM_TO_ENCODE, ROOM_TO_DECODE = 0.75, 1.4
 
 
 class Weights:
@@ -61,15 +62,9 @@ class Weights:
         chooses = self.config.lossless == AUTO and self.config.mode != "layerwise" and self.offload is None
         return chooses and self.coding.fast
 
-    @property
-    def has_room(self) -> bool:
+    def has_room(self, encode: bool) -> bool:
         """Whether there is RAM for weights encoded and plain, while the ones become the others."""
-        return page_lockable(*ram()) >= ROOM * self.nbytes
-
-    def faster(self) -> Rates | None:
-        """The rates at which weights are to be encoded, because forwards of the last time would have been shorter so."""
-        seen = self.coding.seen if self.chooses else None
-        return self.coding.faster(self.layers, seen) if seen is not None and self.has_room else None
+        return page_lockable(*ram()) >= (ROOM_TO_ENCODE if encode else ROOM_TO_DECODE) * self.nbytes
 
     def decode(self) -> None:
         """Let the weights that were encoded here be plain; to be laid out then."""
