@@ -75,10 +75,10 @@ def test_a_connected_plan_takes_the_place_of_the_numbers(page: Panel) -> None:
 def test_what_a_node_shows_is_no_part_of_a_saved_workflow(page: Panel) -> None:
     page.open(workflow())
     saved = page.script("return app.graph.serialize().nodes.find((n) => n.type === 'BlockSwapWrapper').widgets_values")
-    assert saved == [0.1, 1, "adaptive", 0]
+    assert saved == [0.1, 1, "adaptive", 0, "auto", "cpu"]
     prompt = page.script("return (await app.graphToPrompt()).output")
     assert set(prompt[WRAPPER]["inputs"]) == {
-        "model", "max_vram_gb", "block_size_mb", "swap_mode", "empty_cache_freq"
+        "model", "max_vram_gb", "block_size_mb", "swap_mode", "empty_cache_freq", "lossless", "offload_device"
     }  # fmt: skip
 
 

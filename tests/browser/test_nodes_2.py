@@ -81,7 +81,8 @@ def test_every_input_says_what_it_is(page: Panel) -> None:
     told = {name: given[1]["tooltip"] for group in declared.values() for name, given in group.items()}
     labels = node(page, WRAPPER).locator(LABEL)
     names = labels.all_inner_texts()
-    assert set(names) == {"max_vram_gb", "block_size_mb", "swap_mode", "empty_cache_freq"}
+    last = {"lossless", "offload_device"}
+    assert set(names) == {"max_vram_gb", "block_size_mb", "swap_mode", "empty_cache_freq", *last}
     for index, name in enumerate(names):
         labels.nth(index).hover()
         tooltip = page.page.locator("[role=tooltip], .p-tooltip").filter(visible=True)
