@@ -345,7 +345,6 @@ def timing(record: ForwardRecord, count: int) -> Timing:
         until = record.arrivals[index + 1] if index + 1 < len(record.arrivals) else span.end
         compute[span.unit] += until - span.start
     outside = max(0.0, record.seconds - record.stall - sum(compute))
-    busy = sum(copy.end - copy.start for copy in record.copies)
-    bandwidth = record.streamed_bytes / busy if busy > 0 else float("inf")
+    bandwidth = record.streamed_bytes / record.copying if record.copying > 0 else float("inf")
     decoding = record.decoded_bytes / record.decode_seconds if record.decode_seconds > 0 else float("inf")
     return Timing(tuple(compute), outside, bandwidth, decoding)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,10 +25,11 @@ from .codec_nvcomp import is_installed
 from .config import LOSSLESS as CHOICES
 from .discover import Layer
 from .encoded import EncodedTensor, is_encoded
-from .encoding import WORKERS, Made, Workers, flat_bytes
+from .encoding import Made, Workers, flat_bytes, thread_count
 from .host_budget import process_budget
 from .layout import TensorSpec, align, leaves
 from .mapped_files import files_behind
+from .patches import Progress
 from .units import MIB, format_bytes
 from .worth import Rates, waits_for_copies
 
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from .telemetry import ForwardRecord
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
 
 AUTO, ON, OFF = CHOICES
 AT_ONCE = 64 * MIB  # plain bytes that are decoded at once where weights go to the device for good
@@ -297,7 +295,7 @@ def decode_all(tensors: Sequence[EncodedTensor], device: torch.device) -> None:
         with torch.inference_mode(tensor.is_inference()), _on(device):
             return tensor.decode()
 
-    workers = max(1, min(WORKERS, os.cpu_count() or 1))
+    workers = thread_count()
     with ThreadPoolExecutor(workers, thread_name_prefix="intelligent-vram-decode") as pool:
         for begin in range(0, len(tensors), workers):
             some = tensors[begin : begin + workers]
@@ -308,7 +306,7 @@ def decode_all(tensors: Sequence[EncodedTensor], device: torch.device) -> None:
 
 def decoded_on(device: torch.device, tensors: Sequence[EncodedTensor]) -> dict[int, torch.Tensor]:
     """The plain tensors of encoded ones, by the ids of these, decoded on ``device``, many at once. Raises Corrupt, NoCodec."""
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="intelligent-vram-verify") as pool:
+    with ThreadPoolExecutor(thread_count(), thread_name_prefix="intelligent-vram-verify") as pool:
         list(pool.map(EncodedTensor.verify, tensors))
     plain: dict[int, torch.Tensor] = {}
     with torch.inference_mode(False), _on(device):

@@ -27,6 +27,11 @@ MEASURABLE = 4 * MIB  # bytes of a layer at which rates are measured
 SMALL = 64 * KIB  # more than small weights take themselves, encoded
 
 
+def thread_count() -> int:
+    """How many threads encode, decode or verify at the same time."""
+    return max(1, min(WORKERS, os.cpu_count() or 1))
+
+
 def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a plain strided tensor as a packed copy of it holds them: uint8 [n]; its own memory where that is dense."""
     spec = plan_tensor(tensor, 0)
@@ -44,7 +49,7 @@ class Workers:
     """Threads that encode, each by way of page-locked memory of its own."""
 
     def __init__(self, codec: Codec, device: torch.device) -> None:
-        self.count = max(1, min(WORKERS, os.cpu_count() or 1)) if device.type == "cuda" else 1
+        self.count = thread_count() if device.type == "cuda" else 1
         self._codec, self._device = codec, device
         self._own = threading.local()
         self._segments: list[HostSegment] = []

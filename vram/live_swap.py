@@ -123,13 +123,12 @@ def _copying(swap: Swap) -> list[int]:
 
 
 def step_of(record: ForwardRecord) -> Step:
-    copying = sum(copy.end - copy.start for copy in record.copies)
     return Step(
         record.index,
         record.seconds,
         record.stall,
         record.streamed_bytes,
-        copying,
+        record.copying,
         record.peak_bytes,
         record.encoded_bytes,
         record.decoded_bytes,

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import limit
 from .adapt import Adapter
-from .coding import AUTO, OFF
+from .coding import AUTO
 from .config import SwapConfig
 from .device import resolve
 from .discover import WHOLE, Scope, Slotted, find_blocks
@@ -83,19 +83,14 @@ class Swap:
         self._forward = Forward(self)
         self._patches = NO_PATCHES
         self._undone: Plan | None = None  # the plan to go back to, while it is not sure which patches the weights have
-        self._weights: Weights | None = None
+        self.weights: Weights | None = None  # while attached
         self.adapter: Adapter | None = None
 
     @property
     def packed(self) -> PackedModel | None:
         """The packed weights that are streamed; None while the engine is not attached."""
-        weights = self._weights  # another thread may take it off meanwhile
+        weights = self.weights  # another thread may take it off meanwhile
         return weights.packed if weights is not None else None
-
-    @property
-    def weights(self) -> Weights:
-        """The streamed weights, while the engine is attached."""
-        return self._weights
 
     @property
     def rest_bytes(self) -> int:
@@ -138,9 +133,8 @@ class Swap:
         streamed, rest = sort_tensors(self.root, self.config, self.scope)
         now = limit.now_free(self.device)
         self.limit = self.config.max_vram or limit.automatic_limit(now)
-        lossless = self.config.lossless if offload is None else OFF  # on another card they lie as they are
-        self._weights = weights = Weights(self.device, self.config, streamed, packed, progress, offload)
-        weights.lay_out(lossless)
+        self.weights = weights = Weights(self.device, self.config, streamed, packed, progress, offload)
+        weights.lay_out(weights.lossless)
         for slotted, reason in weights.packed.left_out:
             log.warning("%s stays resident, because it cannot be packed: %s", slotted.path, reason)
         rest += [slotted for slotted, _ in weights.packed.left_out]
@@ -175,7 +169,7 @@ class Swap:
     def take_other_weights(self, rates: Rates | None) -> None:
         """Between forwards: weights encoded at these ``rates``, or those decoded that were encoded for speed; packed anew, with
         the first plan. When that breaks off, the model is whole, and the next forward begins with packing them."""
-        weights = self._weights
+        weights = self.weights
         self._undone = self._undone or self.plan
         self.streamer.drop_slots()
         if rates is None:
@@ -211,15 +205,15 @@ class Swap:
 
     def mend(self) -> None:
         """Finish what a change of patches that failed left undone."""
-        if self._undone is not None or not self._weights.whole or self.packed.torn or self._rest.torn:
+        if self._undone is not None or not self.weights.whole or self.packed.torn or self._rest.torn:
             self._change(self._patches)
 
     def _change(self, patches: Patches) -> None:
         with limit.held(self.device, limit.budget_now(self.device, self.limit, self._forward.outside_torch)):
             self._undone = self._undone or self.plan
             self.streamer.release_all()
-            if not self._weights.whole:
-                self._weights.lay_out_again()
+            if not self.weights.whole:
+                self.weights.lay_out_again()
                 self._laid_out_anew()
             self._take_patches(patches)
             self._begin_with(self._undone)
@@ -230,11 +224,11 @@ class Swap:
         self._rest.unbind()
         before = self.packed
         try:
-            self._weights.pack(patches)
+            self.weights.pack(patches)
             self._rest.update(patches)
         finally:
             self._rest.bind()
-            if self.packed is not before and self._weights.whole:  # patched ones did not fit encoded
+            if self.packed is not before and self.weights.whole:  # patched ones did not fit encoded
                 self._laid_out_anew()
 
     def ready(self) -> None:
@@ -311,7 +305,7 @@ class Swap:
             self.streamer.close()
             self._instance.restore()
             self._rest.clear()
-            weights, self._weights, self.plan = self._weights, None, None
+            weights, self.weights, self.plan = self.weights, None, None
             if weights is None:
                 return None
             weights.coding.seen = seen or weights.coding.seen

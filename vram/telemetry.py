@@ -77,6 +77,11 @@ class ForwardRecord:
     def compute(self) -> float:
         return self.seconds - self.stall
 
+    @property
+    def copying(self) -> float:
+        """Seconds in which the link was busy."""
+        return sum(copy.end - copy.start for copy in self.copies)
+
     def describe(self) -> str:
         """One line in plain words, with numbers."""
         return (

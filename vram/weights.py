@@ -56,11 +56,15 @@ class Weights:
         return sum(layer.nbytes for layer in self.layers)
 
     @property
+    def lossless(self) -> str:
+        """The user's choice; what lies on another card stays as it is."""
+        return self.config.lossless if self.offload is None else OFF
+
+    @property
     def chooses(self) -> bool:
         """Whether it is the engine's to choose by speed if weights are encoded. layerwise mode is for the least memory, and
-        decoding takes some; what lies on another card stays as it is."""
-        chooses = self.config.lossless == AUTO and self.config.mode != "layerwise" and self.offload is None
-        return chooses and self.coding.fast
+        decoding takes some."""
+        return self.lossless == AUTO and self.config.mode != "layerwise" and self.coding.fast
 
     def has_room(self, encode: bool) -> bool:
         """Whether there is RAM for weights encoded and plain, while the ones become the others."""
@@ -91,7 +95,7 @@ class Weights:
     def lay_out_again(self) -> None:
         """Laying them out broke off: as the configuration says, from the beginning."""
         self.decode()
-        self.lay_out(self.config.lossless if self.offload is None else OFF)
+        self.lay_out(self.lossless)
 
     def pack(self, patches: Patches) -> int:
         """Pack what is laid out, plain if patched weights do not fit encoded, and page-lock it. Returns the bytes written.

@@ -33,7 +33,7 @@ class Rates:
     def shorten(self, record: ForwardRecord, weights: int) -> bool:
         """Whether a forward like ``record``, whose weights crossed the link plain, would be so much shorter that it is worth
         encoding all ``weights`` bytes of the model."""
-        copying = self.kept * _copying(record)
+        copying = self.kept * record.copying
         computing = record.compute + record.streamed_bytes / self.decoding
         saved = record.seconds - max(copying, computing)
         return saved > GAIN * record.seconds and saved * PAYBACK > weights / ENCODING
@@ -49,11 +49,6 @@ def plain_is_shorter(record: ForwardRecord) -> bool:
     if not record.encoded_bytes:
         return False
     plain = record.streamed_bytes - record.encoded_bytes + record.decoded_bytes
-    copying = _copying(record) * plain / record.streamed_bytes
+    copying = record.copying * plain / record.streamed_bytes
     computing = record.compute - record.decode_seconds
     return max(copying, computing) < (1 - LOSS) * record.seconds
-
-
-def _copying(record: ForwardRecord) -> float:
-    """Seconds in which anything was copied."""
-    return sum(copy.end - copy.start for copy in record.copies)
