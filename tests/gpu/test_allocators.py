@@ -13,10 +13,9 @@ import sys
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+from .conftest import ON_A_CARD
+
+pytestmark = ON_A_CARD
 
 RUN = """
 import json, sys

@@ -1,7 +1,6 @@
 """Lossless coding by nvCOMP on a real GPU: bit for bit, in place, and nothing outside of it."""
 
 import math
-import zlib
 
 import pytest
 import torch
@@ -16,24 +15,15 @@ from intelligent_vram.vram.codec import (
     read_chunks,
     room_for,
 )
-from intelligent_vram.vram.encoded import EncodedTensor
+from intelligent_vram.vram.encoded import EncodedTensor, checksum_of
 from intelligent_vram.vram.units import MIB
+
+from .conftest import WITH_CODEC
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 
 
-def missing() -> str | None:
-    """Why there is nothing to test, in words."""
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    try:
-        codec_for(torch.device("cuda"))
-    except NoCodec as reason:
-        return str(reason)
-    return None
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = WITH_CODEC
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +133,7 @@ def test_damaged_bytes_of_a_file_are_refused_before_the_decoder_sees_them(codec,
     """nvCOMP trusts what it decodes: it has been seen to read outside of its buffers for damaged bytes."""
     plain = weights("trained", (1024, 1024), torch.bfloat16).view(torch.bfloat16).view(1024, 1024)
     data, _ = encoded(codec, plain.view(-1).view(torch.uint8), "float16")
-    checksum = zlib.crc32(data.numpy())
+    checksum = checksum_of(data)
     data[position] ^= 0x55
     tensor = EncodedTensor(
         data, plain.dtype, plain.shape, plain.stride(), codec.name, CHUNK, "blocks.0.weight", checksum

@@ -15,10 +15,9 @@ import torch
 from intelligent_vram.vram import cards, device, hardware, snapshot
 from intelligent_vram.vram.units import GIB, MIB
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+from .conftest import ON_A_CARD
+
+pytestmark = ON_A_CARD
 
 RATES = ("to_device", "to_host", "matmul", "attention", "memory")
 

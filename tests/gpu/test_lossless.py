@@ -1,83 +1,21 @@
 """Weights kept encoded in RAM and on the link, on a real GPU: bit-exact in every mode, no slower, whole afterwards."""
 
-import gc
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from intelligent_vram.cli.wan import WAN_14B, WanConfig, WanModel, meta_model, random_model, sample_inputs
-from intelligent_vram.vram import Patches, SwapConfig, attach, snapshot
+from intelligent_vram.cli.wan import sample_inputs
+from intelligent_vram.vram import Patches, SwapConfig, attach
 from intelligent_vram.vram.adapt import SETTLED
-from intelligent_vram.vram.codec import NoCodec, codec_for
 from intelligent_vram.vram.encoded import is_encoded
 from intelligent_vram.vram.units import GIB, MIB
 
-CONFIG: WanConfig = replace(WAN_14B, num_layers=3)
-TOKENS = (1024, 7800)
-MODES = ("adaptive", "chunkwise", "layerwise")
+from .conftest import AS_SAMPLERS, CONFIG, MODES, TOKENS, WITH_CODEC, model_of, outside
+
 EVERY = SwapConfig(mode="chunkwise", streamed_blocks=3, lossless="on")
 EVERY_AUTO = replace(EVERY, lossless="auto")
 
-
-def missing() -> str | None:
-    """Why there is nothing to test, in words."""
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    try:
-        codec_for(torch.device("cuda"))
-    except NoCodec as reason:
-        return str(reason)
-    return None
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Iterator[None]:
-    """As samplers run models."""
-    with torch.inference_mode():
-        yield
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-@pytest.fixture(scope="module")
-def inputs() -> dict[int, tuple[torch.Tensor, ...]]:
-    with torch.inference_mode():
-        return {tokens: sample_inputs(CONFIG, tokens, torch.bfloat16, "cuda", seed=1) for tokens in TOKENS}
-
-
-@pytest.fixture(scope="module")
-def weights() -> dict[str, torch.Tensor]:
-    return random_model(CONFIG, torch.bfloat16, "cuda").cpu().state_dict()
-
-
-def model_of(weights: dict[str, torch.Tensor]) -> WanModel:
-    """A model with weights of its own."""
-    model = meta_model(CONFIG)
-    model.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
-    return model
-
-
-@pytest.fixture(scope="module")
-def expected(inputs: dict, weights: dict) -> dict[int, torch.Tensor]:
-    """Outputs of the model with all weights on the GPU."""
-    with torch.inference_mode():
-        model = model_of(weights).cuda()
-        return {tokens: model(*args) for tokens, args in inputs.items()}
-
-
-@pytest.fixture
-def model(weights: dict) -> WanModel:
-    return model_of(weights)
-
-
-def outside() -> int:
-    """What this process holds on the GPU outside torch: part of every limit."""
-    torch.cuda.empty_cache()
-    return snapshot(torch.device("cuda", 0)).outside_torch
+pytestmark = [*WITH_CODEC, AS_SAMPLERS]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -18,10 +18,9 @@ from intelligent_vram.vram.hosts.traits import COMFY
 from intelligent_vram.vram.model_facts import facts_of_tensors
 from intelligent_vram.vram.units import GIB, MIB
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+from .conftest import ON_A_CARD
+
+pytestmark = ON_A_CARD
 TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 CONFIG = replace(WAN_14B, num_layers=3)
 HOLD = """

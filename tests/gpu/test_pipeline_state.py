@@ -10,11 +10,9 @@ from intelligent_vram.vram.growth_picture import draw_growth
 from intelligent_vram.vram.pipeline_state import ReleasingPipeline
 
 from ..tiny_pipeline import calls, pipeline
+from .conftest import ON_A_CARD
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = ON_A_CARD
 
 KEEP = ("kv_cache",)
 SIZES = {"size": 256, "device": "cuda"}  # a frame is 12 MiB, a call's decoder_cache 36

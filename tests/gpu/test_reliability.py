@@ -6,44 +6,25 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import psutil
 import pytest
 import torch
 from intelligent_vram.cli.wan import WAN_14B, WanConfig, random_model, sample_inputs
-from intelligent_vram.vram import LimitTooSmall, Patches, SwapConfig, attach, snapshot
+from intelligent_vram.vram import LimitTooSmall, Patches, SwapConfig, attach
 from intelligent_vram.vram.units import GIB, MIB
 
+from .conftest import AS_SAMPLERS, MODES, ON_A_CARD, outside
 from .hog import hog
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = [*ON_A_CARD, AS_SAMPLERS]
 
 CONFIG: WanConfig = replace(WAN_14B, num_layers=4)
 SMALL: WanConfig = replace(WAN_14B, dim=1536, ffn_dim=8960, num_heads=12, num_layers=4)
 FORWARDS = 100
 EARLY = 20
 RUNS = int(os.environ.get("RELIABILITY_RUNS", "60"))
-MODES = ("adaptive", "chunkwise", "layerwise")
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Iterator[None]:
-    """As samplers run models."""
-    with torch.inference_mode():
-        yield
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def outside() -> int:
-    """What this process holds on the GPU outside torch: part of every limit."""
-    torch.cuda.empty_cache()
-    return snapshot(torch.device("cuda", 0)).outside_torch
 
 
 def timed(run, count: int) -> list[float]:

@@ -2,67 +2,25 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
-from intelligent_vram.cli.wan import WAN_14B, WanConfig, WanModel, random_model, sample_inputs
+from intelligent_vram.cli.wan import WanModel, sample_inputs
 from intelligent_vram.vram import LimitTooSmall, SwapConfig, attach, snapshot
 from intelligent_vram.vram.contiguity import Guard, find
 from intelligent_vram.vram.units import GIB, MIB
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+from .conftest import AS_SAMPLERS, CONFIG, MODES, ON_A_CARD, TOKENS, model_of, outside
 
-MODES = ("adaptive", "chunkwise", "layerwise")
-CONFIG: WanConfig = replace(WAN_14B, num_layers=3)
-TOKENS = (1024, 7800)
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Iterator[None]:
-    """As samplers run models."""
-    with torch.inference_mode():
-        yield
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-@pytest.fixture(scope="module")
-def inputs() -> dict[int, tuple[torch.Tensor, ...]]:
-    with torch.inference_mode():
-        return {tokens: sample_inputs(CONFIG, tokens, torch.bfloat16, "cuda", seed=1) for tokens in TOKENS}
-
-
-@pytest.fixture(scope="module")
-def expected(inputs: dict[int, tuple[torch.Tensor, ...]]) -> dict[int, torch.Tensor]:
-    """Outputs of the model with all weights on the GPU."""
-    with torch.inference_mode():
-        model = random_model(CONFIG, torch.bfloat16).cuda()
-        return {tokens: model(*args) for tokens, args in inputs.items()}
-
-
-def host_model() -> WanModel:
-    return random_model(CONFIG, torch.bfloat16)
-
-
-def outside() -> int:
-    """What this process holds on the GPU outside torch: part of every limit."""
-    torch.cuda.empty_cache()
-    return snapshot(torch.device("cuda", 0)).outside_torch
+pytestmark = [*ON_A_CARD, AS_SAMPLERS]
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("limit_gib", [1.7, 2.4, 3.2, None])
 def test_outputs_are_the_same_to_the_bit_and_the_limit_holds(
-    mode: str, limit_gib: float | None, inputs: dict, expected: dict
+    mode: str, limit_gib: float | None, model: WanModel, inputs: dict, expected: dict
 ) -> None:
-    model = host_model()
     limit = None if limit_gib is None else round(limit_gib * GIB) + outside()
     before = torch.cuda.memory_allocated()
     swap = attach(model, SwapConfig(mode=mode, max_vram=limit), "cuda")
@@ -81,16 +39,18 @@ def test_outputs_are_the_same_to_the_bit_and_the_limit_holds(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_forwards_that_are_not_waited_for_come_out_right(mode: str, inputs: dict, expected: dict) -> None:
-    model = host_model()
+def test_forwards_that_are_not_waited_for_come_out_right(
+    mode: str, model: WanModel, inputs: dict, expected: dict
+) -> None:
     swap = attach(model, SwapConfig(mode=mode, max_vram=round(2.2 * GIB) + outside()), "cuda")
     outputs = [model(*inputs[1024]) for _ in range(12)]
     assert all(torch.equal(output, expected[1024]) for output in outputs)
     swap.detach()
 
 
-def test_weights_that_are_not_page_locked_stream_through_the_staging_ring(inputs: dict, expected: dict) -> None:
-    model = host_model()
+def test_weights_that_are_not_page_locked_stream_through_the_staging_ring(
+    model: WanModel, inputs: dict, expected: dict
+) -> None:
     swap = attach(model, SwapConfig(mode="chunkwise", streamed_blocks=3, host_budget=0), "cuda")
     assert swap.packed.arena.page_locked_bytes == 0
     for _ in range(3):
@@ -99,8 +59,7 @@ def test_weights_that_are_not_page_locked_stream_through_the_staging_ring(inputs
     assert torch.equal(model.cuda()(*inputs[1024]), expected[1024])
 
 
-def test_a_forward_on_another_stream_is_right(inputs: dict, expected: dict) -> None:
-    model = host_model()
+def test_a_forward_on_another_stream_is_right(model: WanModel, inputs: dict, expected: dict) -> None:
     swap = attach(model, SwapConfig(mode="chunkwise", streamed_blocks=3), "cuda")
     side = torch.cuda.Stream()
     for turn in range(4):
@@ -112,8 +71,7 @@ def test_a_forward_on_another_stream_is_right(inputs: dict, expected: dict) -> N
     swap.detach()
 
 
-def test_more_tokens_than_measured_do_not_break_the_limit(inputs: dict, expected: dict) -> None:
-    model = host_model()
+def test_more_tokens_than_measured_do_not_break_the_limit(model: WanModel, inputs: dict, expected: dict) -> None:
     limit = round(2.0 * GIB) + outside()
     swap = attach(model, SwapConfig(max_vram=limit), "cuda")
     torch.cuda.reset_peak_memory_stats()
@@ -123,8 +81,9 @@ def test_more_tokens_than_measured_do_not_break_the_limit(inputs: dict, expected
     swap.detach()
 
 
-def test_a_limit_that_cannot_hold_the_weights_is_refused_with_one_that_can(inputs: dict, expected: dict) -> None:
-    model = host_model()
+def test_a_limit_that_cannot_hold_the_weights_is_refused_with_one_that_can(
+    model: WanModel, inputs: dict, expected: dict
+) -> None:
     with pytest.raises(LimitTooSmall, match="smallest limit") as refused:
         attach(model, SwapConfig(max_vram=outside() + 600 * MIB), "cuda")
     assert all(p.device.type == "cpu" for p in model.parameters())
@@ -133,9 +92,11 @@ def test_a_limit_that_cannot_hold_the_weights_is_refused_with_one_that_can(input
     swap.detach()
 
 
-def test_running_out_of_memory_says_what_to_do_and_leaves_the_model_whole(inputs: dict, expected: dict) -> None:
+def test_running_out_of_memory_says_what_to_do_and_leaves_the_model_whole(
+    model: WanModel, inputs: dict, expected: dict
+) -> None:
     # of a size of its own: cuDNN takes another algorithm for a size that it once had no memory for
-    large, model = sample_inputs(CONFIG, 12288, torch.bfloat16, "cuda", seed=1), host_model()
+    large = sample_inputs(CONFIG, 12288, torch.bfloat16, "cuda", seed=1)
     with pytest.raises(LimitTooSmall) as refused:
         attach(model, SwapConfig(mode="layerwise", max_vram=outside() + 64 * MIB), "cuda")
     swap = attach(model, SwapConfig(mode="layerwise", max_vram=refused.value.needed + 160 * MIB), "cuda")
@@ -148,8 +109,7 @@ def test_running_out_of_memory_says_what_to_do_and_leaves_the_model_whole(inputs
     assert torch.equal(model.cuda()(*inputs[7800]), expected[7800])
 
 
-def test_the_host_gets_memory_back_at_once_when_it_asks(inputs: dict, expected: dict) -> None:
-    model = host_model()
+def test_the_host_gets_memory_back_at_once_when_it_asks(model: WanModel, inputs: dict, expected: dict) -> None:
     swap = attach(model, SwapConfig(), "cuda")
     for _ in range(3):
         assert torch.equal(model(*inputs[1024]), expected[1024])
@@ -167,16 +127,15 @@ def compile_layers(model: WanModel) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_compiled_blocks_stream(mode: str, inputs: dict) -> None:
+def test_compiled_blocks_stream(mode: str, model: WanModel, weights: dict, inputs: dict) -> None:
     """The compiler fuses across layers where nothing is streamed and not where something is: close, and repeatable."""
-    resident = host_model().cuda()
+    resident = model_of(weights).cuda()
     compile_layers(resident)
     expected = resident(*inputs[1024])
     del resident
-    streamed = host_model()
-    swap = attach(streamed, SwapConfig(mode=mode, max_vram=round(2.4 * GIB) + outside()), "cuda")
-    compile_layers(streamed)
-    outputs = [streamed(*inputs[1024]) for _ in range(4)]
+    swap = attach(model, SwapConfig(mode=mode, max_vram=round(2.4 * GIB) + outside()), "cuda")
+    compile_layers(model)
+    outputs = [model(*inputs[1024]) for _ in range(4)]
     assert all(torch.equal(output, outputs[0]) for output in outputs)
     assert (outputs[0] - expected).abs().max() < 0.02 * expected.abs().max()
     swap.detach()
@@ -231,8 +190,7 @@ def test_the_guard_mends_what_arrives_misaligned_on_the_gpu() -> None:
     assert "_apply" not in block.__dict__
 
 
-def test_nothing_is_left_after_many_attachments(inputs: dict) -> None:
-    model = host_model()
+def test_nothing_is_left_after_many_attachments(model: WanModel, inputs: dict) -> None:
     before = None
     for turn in range(6):
         swap = attach(model, SwapConfig(mode=MODES[turn % 3], max_vram=round(2.4 * GIB) + outside()), "cuda")
@@ -247,8 +205,7 @@ def test_nothing_is_left_after_many_attachments(inputs: dict) -> None:
     assert now.process_rss - before.process_rss < 200 * MIB
 
 
-def test_set_up_is_timed_and_copies_are_seen(inputs: dict) -> None:
-    model = host_model()
+def test_set_up_is_timed_and_copies_are_seen(model: WanModel, inputs: dict) -> None:
     started = time.perf_counter()
     swap = attach(model, SwapConfig(mode="chunkwise", streamed_blocks=3), "cuda")
     assert swap.setup_seconds <= time.perf_counter() - started
