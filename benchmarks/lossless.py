@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
-from intelligent_vram.cli.wan import WAN_14B, WanModel, meta_model, random_model, sample_inputs
+from intelligent_vram.cli.wan import WAN_14B, WanConfig, WanModel, meta_model, random_model, sample_inputs
 from intelligent_vram.quant.lossless import compress_file
 from intelligent_vram.vram import Swap, SwapConfig, attach
 from intelligent_vram.vram.adapt import SETTLED
@@ -28,6 +31,7 @@ from measure import copy_bandwidth, forwards, reset_peaks
 from safetensors.torch import load_file, save_file
 
 DEVICE = torch.device("cuda", 0)
+SET_UPS = {"plain": "a plain file", "then": "a plain file, encoded then", "encoded": "an encoded file"}
 SETTLING = 3 * SETTLED  # forwards after which the engine has made its choices
 
 
@@ -69,19 +73,27 @@ def main() -> None:
         "--files", type=Path, help="a folder with room for two files of the model: measure set-up from files too"
     )
     parser.add_argument("--only-files", action="store_true")
-    parser.add_argument("--rounds", type=int, default=2, help="of set-up from files")
+    parser.add_argument("--rounds", type=int, default=3, help="of set-up from files")
+    parser.add_argument("--set-up", choices=["make", *SET_UPS], help=argparse.SUPPRESS)
     parser.add_argument("-v", action="store_true")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO if args.v else logging.WARNING, format="%(message)s")
     config = replace(WAN_14B, num_layers=args.layers)
     with torch.inference_mode():
+        if args.set_up:
+            files = args.files / "plain.safetensors", args.files / "encoded.safetensors"
+            if args.set_up == "make":
+                make_files(config, *files)
+            else:
+                print(*set_up(config, *files, args.set_up))
+            return
         if not args.only_files:
             compare(config, args)
         if args.files is not None:
-            from_files(config, args.files, args.rounds)
+            from_files(args)
 
 
-def compare(config: object, args: argparse.Namespace) -> None:
+def compare(config: WanConfig, args: argparse.Namespace) -> None:
     model = random_model(config, torch.bfloat16, "cuda")
     inputs = {tokens: sample_inputs(config, tokens, torch.bfloat16, "cuda", seed=1) for tokens in args.tokens}
     bandwidth = copy_bandwidth(DEVICE, 700 * MIB)
@@ -112,10 +124,8 @@ def compare(config: object, args: argparse.Namespace) -> None:
                 )
 
 
-def from_files(config: object, folder: Path, rounds: int) -> None:
-    """Set-up from a plain and from an encoded file; both are in the page cache."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plain, packed = folder / "plain.safetensors", folder / "encoded.safetensors"
+def make_files(config: WanConfig, plain: Path, packed: Path) -> None:
+    plain.parent.mkdir(parents=True, exist_ok=True)
     save_file(random_model(config, torch.bfloat16, "cuda").cpu().state_dict(), plain)
     start = time.perf_counter()
     made = compress_file(plain, packed, DEVICE)
@@ -123,26 +133,43 @@ def from_files(config: object, folder: Path, rounds: int) -> None:
         f"file: {made.nbytes / made.plain:.3f}, encoded at {made.plain / (time.perf_counter() - start) / 1e9:.2f} GB/s"
     )
 
-    def setup(name: str, load: Callable[[], dict], lossless: str) -> None:
-        gc.collect()
-        base = ram()
-        model = meta_model(config)
-        model.load_state_dict(load(), assign=True)
-        start = time.perf_counter()
-        swap = attach(model, SwapConfig(mode="chunkwise", streamed_blocks=config.num_layers, lossless=lossless), DEVICE)
-        seconds = time.perf_counter() - start
-        gc.collect()
+
+def set_up(config: WanConfig, plain: Path, packed: Path, kind: str) -> tuple[float, int, int]:
+    """Seconds, bytes of the arena, bytes of RAM that loading and attaching the model take; see SET_UPS."""
+    torch.zeros(1, device=DEVICE)  # the process' own start is not what is measured
+    base = ram()
+    start = time.perf_counter()
+    model = meta_model(config)
+    model.load_state_dict(load_encoded(packed)[0] if kind == "encoded" else load_file(plain), assign=True)
+    lossless = "off" if kind == "plain" else "on"
+    swap = attach(model, SwapConfig(mode="chunkwise", streamed_blocks=config.num_layers, lossless=lossless), DEVICE)
+    seconds = time.perf_counter() - start
+    gc.collect()
+    return seconds, swap.packed.host_bytes, ram() - base
+
+
+def from_files(args: argparse.Namespace) -> None:
+    """Set-up from a plain and from an encoded file, which are in the page cache, each in a process of its own, in turn: a user's
+    process does it once."""
+
+    def run(*more: str) -> str:
+        own = [sys.executable, __file__, "--layers", str(args.layers), "--files", str(args.files)]
+        return subprocess.run([*own, *more], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+    print(run("--set-up", "make"))
+    found: dict[str, list[tuple[float, int, int]]] = {kind: [] for kind in SET_UPS}
+    for _ in range(args.rounds):
+        for kind, results in found.items():
+            seconds, arena, taken = run("--set-up", kind).split()
+            results.append((float(seconds), int(arena), int(taken)))
+    plain = statistics.median(seconds for seconds, _, _ in found["plain"])
+    for kind, results in found.items():
+        middle = statistics.median(seconds for seconds, _, _ in results)
         print(
-            f"set-up from {name}: {seconds:.2f} s, arena {swap.packed.host_bytes / GIB:.2f} GiB, RAM "
-            f"{(ram() - base) / GIB:+.2f} GiB",
+            f"{SET_UPS[kind]:27} {middle:6.2f} s ({', '.join(f'{seconds:.2f}' for seconds, _, _ in results)}), of plain "
+            f"{middle / plain:.3f}, arena {results[0][1] / GIB:.2f} GiB, RAM {results[0][2] / GIB:+.2f} GiB",
             flush=True,
         )
-        swap.detach(keep_encoded=True)
-
-    for _ in range(rounds):
-        setup("a plain file", lambda: load_file(plain), "off")
-        setup("a plain file, encoded then", lambda: load_file(plain), "on")
-        setup("an encoded file", lambda: load_encoded(packed)[0], "on")
 
 
 if __name__ == "__main__":
