@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from ..vram.codec import CHUNK, Codec, Corrupt, codec_for, kind_of, room_for
+from ..vram.encoded import checksum_of
 from ..vram.encoded_file import KEY, VERSION, EncodedFile, is_encoded, open_encoded
 from ..vram.inspect_weights import Unreadable
 from ..vram.model_files import AGAIN, SAFETENSORS_DTYPES, Stored, read_header
@@ -180,8 +180,8 @@ def _all(path: Path, tensors: Sequence[Stored], do: Callable[[Stored, torch.Tens
                 future.cancel()
 
 
-def _entry(codec: Codec, crc: int, sha: str) -> dict[str, Any]:
-    return {"codec": codec.name, "chunk": CHUNK, "crc32": crc, "sha256": sha}
+def _entry(codec: Codec, checksum: int, sha: str) -> dict[str, Any]:
+    return {"codec": codec.name, "chunk": CHUNK, "checksum": checksum, "sha256": sha}
 
 
 def _encode(codec: Codec, tensor: Stored, data: torch.Tensor) -> _Coded:
@@ -194,7 +194,7 @@ def _encode(codec: Codec, tensor: Stored, data: torch.Tensor) -> _Coded:
         return _Coded(data, None)
     encoded = target[: chunks.encoded]
     sha = hashlib.sha256(memoryview(data.numpy())).hexdigest()
-    return _Coded(encoded, _entry(codec, zlib.crc32(memoryview(encoded.numpy())), sha))
+    return _Coded(encoded, _entry(codec, checksum_of(encoded), sha))
 
 
 def _decode(file: EncodedFile, tensor: Stored, data: torch.Tensor) -> torch.Tensor:

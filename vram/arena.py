@@ -25,7 +25,7 @@ from .units import format_bytes
 
 log = logging.getLogger(__name__)
 
-FILL_THREADS = 8
+FILL_THREADS = 16
 
 
 class NoHostMemory(MemoryError):

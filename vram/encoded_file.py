@@ -2,7 +2,7 @@
 
 An encoded tensor is stored as U8 [n] under its own name. The metadata's entry ``intelligent_vram_lossless`` is a JSON object:
 ``version``; ``header``, the header of the file that was encoded, to the byte, which gives dtypes, shapes and offsets; and
-``tensors``, for each encoded one ``codec``, ``chunk`` (plain bytes in a chunk), ``crc32`` (of the encoded bytes) and
+``tensors``, for each encoded one ``codec``, ``chunk`` (plain bytes in a chunk), ``checksum`` (of the encoded bytes, encoded.py) and
 ``sha256`` (of the plain ones, hexadecimal). All other tensors and metadata are those of the plain file.
 """
 
@@ -22,7 +22,7 @@ from .encoded import EncodedTensor
 from .model_files import AGAIN, SAFETENSORS_DTYPES, Stored, parse_header, read_header
 
 KEY = "intelligent_vram_lossless"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Encoded:
     plain: Stored
     codec: str
     chunk: int
-    crc32: int
+    checksum: int
     sha256: str
 
     @property
@@ -60,7 +60,7 @@ class EncodedFile:
         shape = entry.plain.shape
         stride = torch.empty(shape, device="meta").stride()
         path = f"{self.path}: {name}"
-        return EncodedTensor(data, entry.dtype, shape, stride, entry.codec, entry.chunk, path, entry.crc32)
+        return EncodedTensor(data, entry.dtype, shape, stride, entry.codec, entry.chunk, path, entry.checksum)
 
 
 def is_encoded(metadata: Mapping[str, Any]) -> bool:
@@ -85,7 +85,10 @@ def open_encoded(path: Path) -> EncodedFile:
             f"{path}: what its metadata says of encoded tensors is damaged ({error!r:.80}). {AGAIN}"
         ) from None
     if version != VERSION:
-        raise Corrupt(f"{path}: its weights are encoded in version {version!r:.32} of the format; update this program")
+        what = "compress the plain file again" if version == 1 else "update this program"
+        raise Corrupt(
+            f"{path}: its weights are encoded in version {version!r:.32} of the format, not {VERSION}; {what}"
+        )
     here, by_name = {tensor.name: tensor for tensor in stored}, {tensor.name: tensor for tensor in plain}
     if here.keys() != by_name.keys():
         raise Corrupt(f"{path}: its tensors are not those of the file that it was made of. {AGAIN}")
@@ -98,7 +101,7 @@ def open_encoded(path: Path) -> EncodedFile:
 
 def _encoded(path: Path, name: str, entry: Any, stored: Mapping[str, Stored], plain: Mapping[str, Stored]) -> Encoded:
     try:
-        found = Encoded(plain[name], entry["codec"], entry["chunk"], entry["crc32"], entry["sha256"])
+        found = Encoded(plain[name], entry["codec"], entry["chunk"], entry["checksum"], entry["sha256"])
         here, bits = stored[name], SAFETENSORS_DTYPES[found.plain.dtype][1]
         elements = 1
         for size in found.plain.shape:
@@ -106,7 +109,7 @@ def _encoded(path: Path, name: str, entry: Any, stored: Mapping[str, Stored], pl
         sound = (
             type(found.codec) is str
             and type(found.sha256) is str
-            and type(found.crc32) is int
+            and type(found.checksum) is int
             and type(found.chunk) is int
             and 0 < found.chunk <= LARGEST_CHUNK
             and here.dtype == "U8"

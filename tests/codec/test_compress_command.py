@@ -6,7 +6,7 @@ import pytest
 import torch
 from intelligent_vram.cli.main import main
 from intelligent_vram.vram.encoded import EncodedTensor
-from intelligent_vram.vram.encoded_file import KEY, load_encoded
+from intelligent_vram.vram.encoded_file import KEY, VERSION, load_encoded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -65,7 +65,7 @@ def test_the_encoded_file_is_smaller_and_the_safetensors_library_opens_it(files)
         metadata = file.metadata()
     assert metadata["made of"] == '{"a": "é"}'
     entry = json.loads(metadata[KEY])["tensors"]["blocks.0.weight"]
-    assert entry.keys() == {"codec", "chunk", "crc32", "sha256"}
+    assert entry.keys() == {"codec", "chunk", "checksum", "sha256"}
 
 
 def test_decompressing_gives_the_file_back_to_the_byte(files, compress, tmp_path):
@@ -121,7 +121,7 @@ def test_a_hash_that_is_not_that_of_the_plain_weights_is_found(files, compress, 
         lambda entry: entry.update(chunk="many"),
         lambda entry: entry.update(chunk=1 << 40),
         lambda entry: entry.update(codec=3),
-        lambda entry: entry.pop("crc32"),
+        lambda entry: entry.pop("checksum"),
         lambda entry: entry.update(chunk=48),
     ],
 )
@@ -149,7 +149,12 @@ def test_a_file_of_another_version_or_with_other_tensors_is_refused(files, compr
         stored = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
     described = json.loads(metadata[KEY])
-    for change, words in (({"version": 2}, "update"), ({"header": "{}"}, "not those of"), ({"tensors": 3}, "damaged")):
+    for change, words in (
+        ({"version": VERSION + 1}, "update"),
+        ({"version": 1}, "compress the plain file again"),
+        ({"header": "{}"}, "not those of"),
+        ({"tensors": 3}, "damaged"),
+    ):
         save_file(stored, tmp_path / "changed.safetensors", {**metadata, KEY: json.dumps({**described, **change})})
         status, _, said = compress(tmp_path / "changed.safetensors", "--check")
         assert status == 1

@@ -1,11 +1,15 @@
 """A weight that is kept encoded reads as the plain one, whoever reads it."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from intelligent_vram.vram.codec import CHUNK, Corrupt, codec_for, kind_of
-from intelligent_vram.vram.encoded import EncodedTensor
+from intelligent_vram.vram.encoded import EncodedTensor, checksum_of
 from torch import nn
 
 from .conftest import DTYPES, bytes_of, weights
@@ -79,3 +83,61 @@ def test_bytes_that_are_not_those_of_the_file_are_refused_by_name():
     tensor = encoded(weights("trained", (48, 64), torch.bfloat16), checksum=1)
     with pytest.raises(Corrupt, match=r"blocks.0.weight is damaged.*checksum"):
         tensor.float()
+
+
+@given(st.integers(0, 9000), st.integers(1, 255), st.data())
+def test_a_byte_that_changed_and_parts_that_changed_places_are_found(length, change, data):
+    torch.manual_seed(length)
+    whole = torch.randint(0, 256, (length,), dtype=torch.uint8)
+    checksum = checksum_of(whole)
+    if length:
+        damaged = whole.clone()
+        damaged[data.draw(st.integers(0, length - 1))] ^= change
+        assert checksum_of(damaged) != checksum
+    assert checksum_of(whole[:-1]) != checksum or not length
+    if length >= 2048:
+        assert checksum_of(torch.cat((whole[1024:2048], whole[:1024], whole[2048:]))) != checksum
+    lying = torch.cat((whole[:0], torch.zeros(3, dtype=torch.uint8), whole))[3:]  # not where words lie
+    assert checksum_of(lying) == checksum
+
+
+# Torch looks for DTensor, and so imports torch.distributed.tensor and sympy, when it first dispatches on a subclass.
+STREAMED = """
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from intelligent_vram.quant.lossless import compress_file
+from intelligent_vram.vram import SwapConfig, attach
+from intelligent_vram.vram.encoded import is_encoded
+from intelligent_vram.vram.encoded_file import load_encoded
+from safetensors.torch import save_file
+from torch import nn
+
+def model():
+    return nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(256, 256) for _ in range(4))})
+
+device, config = torch.device("cpu"), SwapConfig(mode="chunkwise", streamed_blocks=4, lossless="on")
+with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+    plain, packed = Path(folder, "plain.safetensors"), Path(folder, "packed.safetensors")
+    made = model()
+    save_file(made.state_dict(), plain)
+    compress_file(plain, packed, device)
+    loaded = model()
+    loaded.load_state_dict(load_encoded(packed)[0], assign=True)
+    x = torch.randn(2, 256)
+    for some in (made, loaded):
+        some.forward = lambda x, some=some: [x := block(x) for block in some["blocks"]][-1]
+        swap = attach(some, config, device)
+        assert all(is_encoded(block.weight) for block in some["blocks"])
+        result = some.forward(x)
+        swap.detach()
+    print(torch.equal(result, made.forward(x)), *(name for name in sys.modules if name in ("sympy", "torch.distributed.tensor")))
+"""
+
+
+def test_streaming_encoded_weights_does_not_make_torch_import_what_nobody_asked_for():
+    ran = subprocess.run([sys.executable, "-c", STREAMED], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["True"]
