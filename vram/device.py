@@ -301,19 +301,25 @@ def _rate(works: Sequence[_Work], device: torch.device, seconds: float) -> Rate 
     """The rate at the largest of ``works`` (in ascending order) that fits into free memory and, about six times, into
     ``seconds``; None if not even the smallest fits into memory. On a device that is slow, small work is fair."""
     chosen: _Work | None = None
-    quick, note = 0.0, ""
+    value, sure, note = 0.0, False, ""
+
+    def again() -> float:
+        """From more than the two runs, of which one may have waited for something."""
+        return _try(chosen, device, repeats=int(min(60, max(3, seconds * value / chosen.amount)))) or value
+
     for work in works:
-        if chosen is not None and 6 * work.amount > seconds * quick:
-            break
-        value = _try(work, device, repeats=2)
-        if value is None:
+        if chosen is not None and 6 * work.amount > seconds * value:
+            value, sure = again(), True
+            if 6 * work.amount > seconds * value:
+                break
+        tried = _try(work, device, repeats=2)
+        if tried is None:
             note = LITTLE_MEMORY
             break
-        chosen, quick = work, value
+        chosen, value, sure = work, tried, False
     if chosen is None:
         return None
-    value = _try(chosen, device, repeats=int(min(60, max(3, seconds * quick / chosen.amount))))
-    return Rate(value or quick, chosen.note() or note, chosen.fair or not note)
+    return Rate(value if sure else again(), chosen.note() or note, chosen.fair or not note)
 
 
 def _try(work: _Work, device: torch.device, repeats: int) -> float | None:

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 import warnings
 
 import psutil
@@ -121,6 +122,19 @@ def test_on_a_slow_device_a_small_size_is_enough():
     works = [device._memory_work(CPU, size * MIB) for size in (1, 64)]
     rate = device._rate(works, CPU, seconds=1e-6)
     assert (rate.note, rate.fair) == ("", True)
+
+
+def test_a_run_that_waited_for_something_does_not_make_a_device_slow():
+    waits = iter([0.2] * 3)  # the run that is not counted and both that choose
+
+    def small() -> None:
+        time.sleep(next(waits, 0.0))
+
+    works = [
+        device._Work(1.0, 1, lambda: small),
+        device._Work(20.0, 1, lambda: lambda: None, note=lambda: "the larger one"),
+    ]
+    assert device._rate(works, CPU, seconds=1).note == "the larger one"
 
 
 def test_with_no_memory_nothing_is_measured(monkeypatch):
