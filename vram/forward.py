@@ -3,6 +3,7 @@ what happens when memory runs out on the way: the engine takes less of it, and t
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -72,8 +73,11 @@ class Forward:
                 except BaseException as error:
                     failure = error
                 # outside of the except clause, which would keep what the forward had computed
-                if not again(call, failure):
-                    raise failure
+                try:
+                    if not again(call, failure):
+                        raise failure
+                finally:
+                    failure = None  # see let_go
 
         return hide_from_compile(forward, recursive=False)
 
@@ -96,12 +100,15 @@ class Forward:
         else:
             return
         try:
-            again = out_of_memory(failure) and self._with_less(failure)
-        except BaseException as error:
-            failure, again = error, False
-        if not again:
-            self._end(failure)
-            raise failure
+            try:
+                again = out_of_memory(failure) and self._with_less(failure)
+            except BaseException as error:
+                failure, again = error, False
+            if not again:
+                self._end(failure)
+                raise failure
+        finally:
+            failure = None
 
     def _start(self) -> None:
         swap = self.swap
@@ -145,7 +152,10 @@ class Forward:
                 self.let_loose()
             self.lock.release()
         if explained is not None:
-            raise explained from error
+            try:
+                raise explained from error
+            finally:
+                explained = None
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -192,6 +202,7 @@ class Forward:
 
     def _with_less(self, error: BaseException) -> bool:
         """Begin the forward again with a plan that takes less memory. False when there is none."""
+        gc.collect()  # an exception of before, somebody else's, may still hold what was computed then
         while True:
             if not self._room():
                 return False

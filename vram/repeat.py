@@ -42,7 +42,11 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def let_go(error: BaseException) -> None:
-    """Drop the frames that an exception went through, with all that their variables keep alive."""
+    """Drop the frames that an exception went through, with all that their variables keep alive.
+
+    A frame that raises an exception which a variable of its own holds keeps it, and it the frame, and both all that the forward
+    had computed, until the garbage collector comes. Such variables of the engine's are emptied when they are raised.
+    """
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:

@@ -351,9 +351,12 @@ class Swap:
                 return
             except RuntimeError as error:
                 failure = error
-            if not out_of_memory(failure) or not self.adapter.shrink():
-                raise failure
-            let_go(failure)
+            try:
+                if not out_of_memory(failure) or not self.adapter.shrink():
+                    raise failure
+                let_go(failure)
+            finally:
+                failure = None
             plan = self.adapter.first()
 
     def evict(self, nbytes: int) -> int:

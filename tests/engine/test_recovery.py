@@ -1,5 +1,6 @@
 """When memory runs out in a forward, the engine takes less of it and the forward is repeated, with the same result."""
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -309,6 +310,26 @@ def test_what_a_failed_forward_had_computed_is_let_go_before_it_is_repeated(mode
     finally:
         gc.enable()
     assert alive == [0, 0]
+
+
+@pytest.mark.parametrize("error", [oom, lambda: ValueError("no"), KeyboardInterrupt])
+@torch.no_grad()
+def test_what_a_forward_that_ended_had_computed_is_let_go_without_the_garbage_collector(model, wanted, error):
+    attached(model)
+    model(inputs())
+    remembered, always = [], range(1000)
+    model.blocks[2].register_forward_hook(lambda module, args, output: remembered.append(weakref.ref(output)))
+    Failing(model.blocks[3], *always, error=error)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            with contextlib.suppress(torch.OutOfMemoryError, ValueError, KeyboardInterrupt):
+                model(inputs())
+        assert len(remembered) >= 2
+        assert not any(one() is not None for one in remembered)
+    finally:
+        gc.enable()
 
 
 # -- other programs, other threads -----------------------------------------------------------------------------------

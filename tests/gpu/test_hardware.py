@@ -1,6 +1,6 @@
 """What is measured of a real card: plausible, once, without a trace, and on a card that is nearly full too."""
 
-from __future__ import annotations
+from __future__ import gc
 
 import contextlib
 import os
@@ -40,6 +40,8 @@ def warm() -> Iterator[None]:
 @contextlib.contextmanager
 def filled(left: int) -> Iterator[None]:
     """While inside, all of the card but ``left`` bytes is taken, and nothing was measured before."""
+    gc.collect()
+    torch.cuda.empty_cache()  # what torch holds and does not use is free to whoever measures
     free, _ = torch.cuda.mem_get_info()
     held = torch.empty(max(0, free - left), dtype=torch.uint8, device="cuda")
     hardware.forget()
