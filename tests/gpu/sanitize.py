@@ -1,7 +1,12 @@
 """A streamed forward in every mode, for NVIDIA's checkers:
 
 ``compute-sanitizer --tool memcheck python tests/gpu/sanitize.py`` (or ``racecheck``, ``initcheck``)
+
+``--lossless on``: with encoded weights, for memcheck. The others look into nvCOMP's kernels then, of which initcheck says that
+the encoder reads what nobody wrote, and which racecheck does not get through in minutes.
 """
+
+import argparse
 
 import torch
 from intelligent_vram.vram import SwapConfig, attach
@@ -34,6 +39,9 @@ class Model(nn.Module):
 
 @torch.no_grad()
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lossless", choices=["on", "off"], default="off")
+    lossless = parser.parse_args().lossless
     torch.manual_seed(0)
     x = torch.randn(64, WIDTH, device="cuda")
     model = Model().cuda()
@@ -41,7 +49,8 @@ def main() -> None:
     model = model.cpu()
     for mode in ("adaptive", "chunkwise", "layerwise"):
         for host_budget in (None, 0):
-            swap = attach(model, SwapConfig(mode=mode, block_size=1 << 20, host_budget=host_budget), "cuda")
+            config = SwapConfig(mode=mode, block_size=1 << 20, host_budget=host_budget, lossless=lossless)
+            swap = attach(model, config, "cuda")
             for number in range(4):
                 assert torch.equal(model(x), expected)
                 if number == 2:

@@ -1,8 +1,9 @@
 """What is measured of a real card: plausible, once, without a trace, and on a card that is nearly full too."""
 
-from __future__ import gc
+from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
