@@ -79,7 +79,7 @@ def test_limits_that_hold_the_weights_but_not_the_activations_are_lived_with(ser
         right += 1
     log = server.log_text()[start:]
     repeated = log.count(ANSWERS[1])
-    print(f"\n{host}: {right} right, {refused} refused with advice, {repeated} repetitions, {OTHER_ALGORITHM in log}")
+    print(f"\n{host}: {right} right, {refused} refused with advice, {repeated} repetitions")
     assert right > 3
     assert repeated
     server.free()
