@@ -26,6 +26,7 @@ from .units import format_bytes
 log = logging.getLogger(__name__)
 
 FILL_THREADS = 16
+AT_ONCE = 8  # one part in so many of the free RAM is filled at the same time: what is replaced is released afterwards
 
 
 class NoHostMemory(MemoryError):
@@ -171,18 +172,21 @@ class Arena:
         )
 
     def fill(self, jobs: Sequence[FillJob], when_done: Callable[[int, HostSegment | None], None]) -> None:
-        """Make, fill and page-lock a segment per job, as many at a time as there are threads: separate mappings are
-        filled in parallel faster than parts of one. ``when_done(index, segment)`` is called on the calling thread as soon
+        """Make, fill and page-lock a segment per job, as many at a time as there are threads, and free RAM allows: separate
+        mappings are filled in parallel faster than parts of one. ``when_done(index, segment)`` is called on the calling thread as soon
         as a segment is ready, so that the memory that it replaces can be released; ``segment`` is None for an optional one
         that there was no memory for. Raises the first error of any copy; what was not handed over by then is released.
         """
         waiting = list(enumerate(jobs))
         running: dict[Future[HostSegment | None], int] = {}
+        room = self.shared.ram()[1] // AT_ONCE
         with ThreadPoolExecutor(self.threads, thread_name_prefix="intelligent-vram-fill") as pool:
             try:
                 while waiting or running:
                     while waiting and len(running) < self.threads:
                         index, job = waiting[0]
+                        if running and job.nbytes + sum(jobs[number].nbytes for number in running.values()) > room:
+                            break
                         if job.on_calling_thread:
                             waiting.pop(0)
                             when_done(index, self._make(job))

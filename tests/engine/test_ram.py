@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from intelligent_vram.vram import SwapConfig, attach
+from intelligent_vram.vram.arena import Arena, FillJob
 from intelligent_vram.vram.host_budget import HostBudget, page_lockable, process_budget, ram
 from intelligent_vram.vram.page_lock import most_page_locked, registrar_for
 from intelligent_vram.vram.units import GIB
@@ -54,6 +55,28 @@ def test_what_is_packed_already_counts_in_as_ours():
     del swap
     gc.collect()
     assert budget.held == 0
+
+
+@pytest.mark.parametrize(("free", "most"), [(64 * 5000, 4), (24 * 5000, 3), (8 * 5000, 1), (0, 1)])
+def test_the_less_ram_is_free_the_fewer_segments_are_filled_at_the_same_time(free, most):
+    together, now, lock = [], [], threading.Lock()
+    other = threading.Event()
+
+    def fill(buffer):
+        with lock:
+            now.append(threading.get_ident())
+            together.append(len(now))
+            if len(now) == most:
+                other.set()
+        assert other.wait(20)
+        with lock:
+            now.remove(threading.get_ident())
+
+    arena = Arena(CPU, threads=4, shared=HostBudget(1 << 60, Ram(available=free)))
+    done = []
+    arena.fill([FillJob(5000, fill, page_lock=False)] * 6, lambda index, segment: done.append(index))
+    assert max(together) == most
+    assert sorted(done) == list(range(6))
 
 
 def test_linux_sets_no_limit_windows_half_of_the_ram(monkeypatch):
