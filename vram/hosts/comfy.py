@@ -25,9 +25,11 @@ import comfy.utils
 import torch
 
 from .. import limit
+from ..coding import decode_all
 from ..config import SwapConfig
 from ..device import why_not_stream
 from ..discover import Scope, find_blocks
+from ..encoded import is_encoded
 from ..memory import snapshot
 from ..patches import Patches
 from ..swap import Swap, attach
@@ -178,6 +180,9 @@ class StreamedPatcher:
         """Load the model: attach block swap, or go on with what is attached."""
         state = self._state
         state.take_back()
+        if force_patch_weights:  # older hosts, about to save the model: its own weights are to be the patched ones
+            self._lay_bare()
+            return super().partially_load(device_to, extra_memory, force_patch_weights=True)
         key = self._key(device_to)
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             if self.swap is not None and state.key == key:
@@ -198,6 +203,8 @@ class StreamedPatcher:
 
     def load(self, device_to: torch.device | None = None, *args: Any, **kwargs: Any) -> None:
         """Attach block swap to the transformer, with this patcher's patches packed in."""
+        if kwargs.get("force_patch_weights"):
+            return super().load(device_to, *args, **kwargs)
         device_to = device_to or self.load_device
         with self.use_ejected():
             self._suspend()
@@ -224,6 +231,12 @@ class StreamedPatcher:
             for callback in self.get_all_callbacks(comfy.model_patcher.CallbacksMP.ON_LOAD):
                 callback(self, device_to, 0, False, False)
             self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> Any:
+        """The weights as the host writes them to a file, which patches them itself, one at a time. While block swap is
+        attached they are partly patched already; it is attached again when the model is used."""
+        self._lay_bare()
+        return super().model_state_dict_for_saving(*args, **kwargs)
 
     def partially_unload(self, device_to: torch.device, memory_to_free: int = 0, *args: Any, **kwargs: Any) -> int:
         """Give back resident units at once. What slots and the rest take goes with ``detach``."""
@@ -264,6 +277,14 @@ class StreamedPatcher:
         if state.swap is not None:
             state.suspend()
             log.debug("block swap taken off %s; its packed weights stay in RAM", type(self.model).__name__)
+
+    def _lay_bare(self) -> None:
+        """The model as it was loaded, for a host that reads its weights, those of an encoded file decoded too."""
+        self._state.lay_bare()
+        encoded = [weight for weight in self.model.parameters() if is_encoded(weight)]
+        if encoded:
+            self._state.packed = None
+            decode_all(encoded, self.load_device)
 
     def _make_room(self, device: torch.device) -> None:
         """Let the host unload models that the present sampling does not use, where they take what the limit allows to

@@ -34,6 +34,12 @@ class State:
             self.packed = swap.detach(keep_encoded=True)
             self.backup.clear()
 
+    def lay_bare(self) -> None:
+        """Take the swap off and decode what it encoded: the host is about to read the weights in its own way."""
+        self.suspend()
+        if self.packed is not None and self.packed.coding.decode():
+            self.packed = None
+
     def hand_over(self, model: torch.nn.Module) -> None:
         """The host lets go of a patcher because it, or another copy of it, is about to be loaded. The swap stays on for
         the case that it is the same one; a patcher that loads weights in the host's way first walks over the modules, or
@@ -41,7 +47,7 @@ class State:
 
         def first(method: str) -> Any:
             def call(*args: Any, **kwargs: Any) -> Any:
-                self.suspend()
+                self.lay_bare()
                 return getattr(model, method)(*args, **kwargs)
 
             return call
