@@ -131,6 +131,22 @@ class EncodedTensor(torch.Tensor):
         memo[id(self)] = copied
         return copied
 
+    def __reduce_ex__(self, protocol: int) -> Any:
+        """Pickled, and saved by ``torch.save``, as the plain tensor, which any PyTorch loads."""
+        plain = self.decode()
+        if isinstance(self, nn.Parameter):
+            plain = nn.Parameter(plain, requires_grad=False)
+        return plain.__reduce_ex__(protocol)
+
+    def storage(self) -> Any:
+        """What the safetensors library asks for before it writes. Raises RuntimeError where there is nothing plain to write."""
+        if self.replaced is None:
+            raise RuntimeError(
+                f"{self.path} is kept encoded, and cannot be written to a file as it is. Save the model behind a Block Swap "
+                "node, which decodes it, or decode its file: intelligent-vram compress FILE OTHER --decompress"
+            )
+        return super().storage()
+
     def __repr__(self, **_: Any) -> str:
         return f"EncodedTensor({tuple(self.shape)}, {self.dtype}, {len(self.encoded)} bytes of {self.codec})"
 

@@ -1,6 +1,8 @@
 """A weight that is kept encoded reads as the plain one, whoever reads it."""
 
 import copy
+import io
+import pickle
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from intelligent_vram.vram.codec import CHUNK, Corrupt, codec_for, kind_of
 from intelligent_vram.vram.encoded import EncodedTensor, checksum_of
+from safetensors.torch import load, save
 from torch import nn
 
 from .conftest import DTYPES, bytes_of, weights
@@ -77,6 +80,24 @@ def test_strides_that_a_weight_has_on_purpose_are_kept():
     tensor = EncodedTensor(data.encoded, plain.dtype, plain.shape, plain.stride(), data.codec, CHUNK, "w")
     assert tensor.decode().stride() == plain.stride()
     assert torch.equal(bytes_of(tensor.decode().t()), bytes_of(plain.t()))
+
+
+@pytest.mark.parametrize("wrap", [lambda tensor: tensor, lambda tensor: nn.Parameter(tensor, requires_grad=False)])
+def test_it_is_pickled_as_the_plain_tensor_and_not_written_by_safetensors(wrap):
+    plain = weights("trained", (48, 64), torch.bfloat16)
+    tensor = wrap(encoded(plain))
+    torch.save({"weight": tensor}, file := io.BytesIO())
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["weight"]
+    for other in (loaded, pickle.loads(pickle.dumps(tensor)), copy.copy(tensor)):
+        assert not isinstance(other, EncodedTensor)
+        assert type(other) is type(wrap(plain))
+        assert torch.equal(other, plain)
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.weight is kept encoded.*--decompress"):
+        save({"weight": tensor})
+    layer = nn.Module()
+    layer.weight = nn.Parameter(encoded(plain), requires_grad=False)
+    assert torch.equal(load(save(layer.to(torch.bfloat16).float().state_dict()))["weight"], plain.float())
 
 
 def test_bytes_that_are_not_those_of_the_file_are_refused_by_name():

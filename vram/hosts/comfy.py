@@ -374,12 +374,12 @@ class StreamedPatcher:
             self.model.model_lowvram = True
 
     def _back_up(self) -> None:
-        """Originals of patched weights, where the host looks for them when it merges or saves models."""
+        """The model's own weights, where the host looks for them when it merges models: what the layers hold meanwhile can be
+        patched, and lies in memory that is used again."""
         self._state.backup = self.backup
-        originals = {f"{ROOT}.{slotted.path}": slotted.tensor for slotted in self._state.swap.tensors()}
-        for key in self.patches:
-            if key in originals:
-                self.backup[key] = _Backup(originals[key], False)
+        for slotted in self._state.swap.tensors():
+            if isinstance(slotted.tensor, torch.nn.Parameter):  # the host puts them back as such
+                self.backup[f"{ROOT}.{slotted.path}"] = _Backup(slotted.tensor, False)
 
     # -- hooks (weights that change during sampling) -----------------------------------------------------------------
 

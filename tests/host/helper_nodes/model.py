@@ -56,10 +56,20 @@ class TestSaveLatent(EveryPrompt):
 
 
 class TestModelProbe(Probe):
-    """A probe of a MODEL, which also tells loaded_size and model_size: bytes, as the patcher answers its host."""
+    """A probe of a MODEL, which also tells loaded_size and model_size: bytes, as the patcher answers its host. to_merge: how
+    many weights a merge would read from it. not_its_own: how many of those from elsewhere than the model's own memory while
+    block swap is attached."""
 
     def more(self, model, modules: list[torch.nn.Module]) -> dict:
-        return {"loaded_size": model.loaded_size(), "model_size": model.model_size()}
+        swap = getattr(vars(model.model).get("intelligent_vram_state"), "swap", None)
+        own = {id(slotted.tensor) for slotted in swap.tensors()} if swap is not None else set()
+        to_merge = {name: entries[0][0] for name, entries in model.get_key_patches("diffusion_model.").items()}
+        return {
+            "loaded_size": model.loaded_size(),
+            "model_size": model.model_size(),
+            "to_merge": len(to_merge),
+            "not_its_own": sum(id(weight) not in own for weight in to_merge.values()) if own else None,
+        }
 
 
 class TestRaiseInBlock:
