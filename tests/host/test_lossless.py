@@ -11,11 +11,12 @@ from .checkpoints import write_wan
 from .comfy import ComfyServer, Host
 from .test_block_swap import MODES, latent
 from .test_block_swap import swap as comfy_swap
-from .test_quantized import plain, sample
+from .test_quantized import plain, prompt_of, sample
+from .test_saving import same, saved
 from .test_wanvideo import by
 from .test_wanvideo import swap as wan_swap
 from .wanvideo import Sampler
-from .workflows import Patch, lora
+from .workflows import Patch, lora, text_to_video
 
 pytestmark = pytest.mark.host
 
@@ -90,6 +91,15 @@ def test_an_encoded_file_is_the_same_model(bf16_server: ComfyServer, swap_mode: 
     log = bf16_server.log_text()[start:]
     assert "no longer encoded" not in log
     assert "a forward encoded" in log
+    bf16_server.free()
+
+
+@pytest.mark.parametrize(
+    "scene", [{}, {"between": [swap()]}, {"swap_mode": "chunkwise"}], ids=["plain", "node", "loader"]
+)
+def test_the_model_of_an_encoded_file_is_saved_plain(bf16_server: ComfyServer, scene: dict) -> None:
+    source, encoded = encoded_file(bf16_server)
+    assert same(saved(bf16_server, prompt_of(encoded, "none", **scene)), saved(bf16_server, text_to_video(source)))
     bf16_server.free()
 
 

@@ -1,6 +1,5 @@
 """ComfyUI's own Save Model and merging behind block swap: what comes of them is what does without, LoRAs merged, encoded or not."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,9 +21,8 @@ def swap(lossless: str) -> Patch:
     return kind, {**inputs, "lossless": lossless}
 
 
-def saved(server: ComfyServer, name: str, between: Sequence[Patch]) -> dict[str, torch.Tensor]:
-    """What Save Model writes of the model behind the nodes ``between``."""
-    prompt: dict[str, Any] = text_to_video(name, between=between)
+def saved(server: ComfyServer, prompt: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What Save Model writes of the model that the prompt would sample."""
     last = prompt["sampler"]["inputs"]["model"]
     wanted = {node: prompt[node] for node in prompt if node == "model" or node.startswith("patch")}
     wanted["keep"] = {"class_type": "ModelSave", "inputs": {"model": last, "filename_prefix": f"kept/{uuid4()}/model"}}
@@ -41,15 +39,18 @@ def same(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool
 def test_a_streamed_model_is_saved_as_it_is_without_streaming(
     comfy_server: ComfyServer, wan: str, wan_lora: str, lossless: str
 ) -> None:
-    plain, merged = saved(comfy_server, wan, []), saved(comfy_server, wan, [lora(wan_lora)])
+    plain, merged = (
+        saved(comfy_server, text_to_video(wan)),
+        saved(comfy_server, text_to_video(wan, between=[lora(wan_lora)])),
+    )
     assert not same(plain, merged)
     comfy_server.free()
     between = [lora(wan_lora), swap(lossless)]
     expected = latent(comfy_server, wan, between=between)
-    assert same(saved(comfy_server, wan, between), merged)
+    assert same(saved(comfy_server, text_to_video(wan, between=between)), merged)
     assert torch.equal(latent(comfy_server, wan, between=between), expected)
     # the model of the loader, whose weights block swap has just used
-    assert same(saved(comfy_server, wan, []), plain)
+    assert same(saved(comfy_server, text_to_video(wan)), plain)
     assert torch.equal(latent(comfy_server, wan, between=between), expected)
     comfy_server.free()
 
