@@ -60,6 +60,7 @@ def test_a_merge_reads_the_model_s_own_weights_while_it_is_streamed(
     comfy_server: ComfyServer, wan: str, wan_lora: str, behind: bool
 ) -> None:
     prompt = text_to_video(wan, between=[lora(wan_lora), swap("off")], seed=5, probe=True)
+    prompt["probe"]["class_type"] = "TestMergeProbe"
     if not behind:
         prompt["probe"]["inputs"]["model"] = ["model", 0]
     report = probed(comfy_server.run(prompt))

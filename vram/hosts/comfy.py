@@ -29,7 +29,7 @@ from ..coding import decode_all
 from ..config import SwapConfig
 from ..device import why_not_stream
 from ..discover import Scope, find_blocks
-from ..encoded import is_encoded
+from ..encoded import EncodedTensor
 from ..memory import snapshot
 from ..patches import Patches
 from ..swap import Swap, attach
@@ -281,8 +281,8 @@ class StreamedPatcher:
     def _lay_bare(self) -> None:
         """The model as it was loaded, for a host that reads its weights, those of an encoded file decoded too."""
         self._state.lay_bare()
-        encoded = [weight for weight in self.model.parameters() if is_encoded(weight)]
-        if encoded:
+        encoded = [weight for weight in self.model.parameters() if isinstance(weight, EncodedTensor)]
+        if encoded:  # also those that the host moved, which hold plain values
             self._state.packed = None
             decode_all(encoded, self.load_device)
 

@@ -56,20 +56,20 @@ class TestSaveLatent(EveryPrompt):
 
 
 class TestModelProbe(Probe):
-    """A probe of a MODEL, which also tells loaded_size and model_size: bytes, as the patcher answers its host. to_merge: how
-    many weights a merge would read from it. not_its_own: how many of those from elsewhere than the model's own memory while
-    block swap is attached."""
+    """A probe of a MODEL, which also tells loaded_size and model_size: bytes, as the patcher answers its host."""
 
     def more(self, model, modules: list[torch.nn.Module]) -> dict:
-        swap = getattr(vars(model.model).get("intelligent_vram_state"), "swap", None)
-        own = {id(slotted.tensor) for slotted in swap.tensors()} if swap is not None else set()
-        to_merge = {name: entries[0][0] for name, entries in model.get_key_patches("diffusion_model.").items()}
-        return {
-            "loaded_size": model.loaded_size(),
-            "model_size": model.model_size(),
-            "to_merge": len(to_merge),
-            "not_its_own": sum(id(weight) not in own for weight in to_merge.values()) if own else None,
-        }
+        return {"loaded_size": model.loaded_size(), "model_size": model.model_size()}
+
+
+class TestMergeProbe(Probe):
+    """A probe of a MODEL with block swap attached. to_merge: how many weights a merge would read from it; not_its_own: how many
+    of those from elsewhere than the model's own memory."""
+
+    def more(self, model, modules: list[torch.nn.Module]) -> dict:
+        own = {id(slotted.tensor) for slotted in vars(model.model)["intelligent_vram_state"].swap.tensors()}
+        to_merge = [entries[0][0] for entries in model.get_key_patches("diffusion_model.").values()]
+        return {"to_merge": len(to_merge), "not_its_own": sum(id(weight) not in own for weight in to_merge)}
 
 
 class TestRaiseInBlock:
@@ -118,4 +118,4 @@ class TestDeepClone:
         return (copy,)
 
 
-NODES = (TestConditioning, TestSaveLatent, TestModelProbe, TestRaiseInBlock, TestDeepClone)
+NODES = (TestConditioning, TestSaveLatent, TestModelProbe, TestMergeProbe, TestRaiseInBlock, TestDeepClone)
