@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import weakref
 from collections import namedtuple
 from collections.abc import Hashable
 from functools import lru_cache
@@ -35,19 +34,17 @@ from ..patches import Patches
 from ..swap import Swap, attach
 from ..units import GIB
 from . import panel
+from .comfy_model import cast_to_model_dtype, fused, repeated, static
 from .comfy_state import HostProgress, PatchIdentity, State
 from .report import report
 
 log = logging.getLogger(__name__)
 
 ROOT = "diffusion_model"
-FUSED = "linear_input_act"
-INNER = "_forward"
 FORCE = "INTELLIGENT_VRAM_FORCE"
 ACTIVATIONS = 2 * GIB  # beside weights, for deciding whether other models are in the way
 
 _Backup = namedtuple("Backup", ["weight", "inplace_update"])
-_static_models: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def reason_to_pass(device: torch.device) -> str | None:
@@ -69,58 +66,13 @@ def wrap(model: Any, config: SwapConfig) -> Any:
         log.info("block swap: the model is passed through unchanged: %s", reason)
         return model
     find_blocks(getattr(model.model, ROOT), config.block_names)
-    static = _static(model)
-    _cast_to_model_dtype(static.model)
-    patcher = static.clone()
-    patcher.__class__ = _streamed_class(type(static))
+    still = static(model)
+    cast_to_model_dtype(still.model)
+    patcher = still.clone()
+    patcher.__class__ = _streamed_class(type(still))
     patcher.swap_config, patcher.swap_node = config, panel.executing_node()
     patcher.offload_device = torch.device("cpu")
     return patcher
-
-
-def _static(model: Any) -> Any:
-    """``model`` as a patcher that does not fault its weights in by itself. ComfyUI loads it once from the file; copies of
-    one dynamic model share what was loaded."""
-    is_dynamic = getattr(model, "is_dynamic", None)
-    if is_dynamic is None or not is_dynamic():
-        return model
-    known = _static_models.get(model.model)
-    static = model.clone(disable_dynamic=True, model_override=known)
-    if known is None:
-        _static_models[model.model] = static.get_clone_model_override()
-    return static
-
-
-def _cast_to_model_dtype(model: torch.nn.Module) -> None:
-    """Weights in the dtype that the model computes in. ComfyUI 0.33 casts a dynamic model while its weights are faulted
-    in; loaded without that, lazily loaded layers keep the file's dtype and would not compute (bf16 files of Wan, which it
-    computes in fp16)."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            dtype = getattr(module, f"{name}_comfy_model_dtype", None)
-            if dtype is not None and type(parameter) is torch.nn.Parameter and parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
-
-
-def _fused(root: torch.nn.Module) -> frozenset[str]:
-    """Names of modules that hand a module below with an INT8 weight to ComfyUI's fused kernel instead of calling it
-    (``comfy.ops.linear_input_act``)."""
-    fused = set()
-    for path, module in root.named_modules():
-        code = getattr(type(module).forward, "__code__", None)
-        if code is not None and FUSED in code.co_names:
-            formats = {getattr(child, "quant_format", None) for child in module.modules()}
-            if "int8_tensorwise" in formats:
-                fused.add(path.rpartition(".")[2])
-    return frozenset(fused)
-
-
-def _repeated(root: torch.nn.Module) -> str:
-    """The method of a transformer that is called again when memory ran out: the one within the host's wrappers
-    (``comfy.patcher_extension``), some of which count the calls that they see."""
-    names = getattr(type(root).forward, "__code__", None)
-    within = names is not None and {"new_class_executor", INNER} <= set(names.co_names) and hasattr(type(root), INNER)
-    return INNER if within else "forward"
 
 
 @lru_cache(maxsize=8)
@@ -216,7 +168,7 @@ class StreamedPatcher:
                 root,
                 self.swap_config,
                 device_to,
-                scope=Scope(whole=_fused(root), repeat=_repeated(root)),
+                scope=Scope(whole=fused(root), repeat=repeated(root)),
                 patches=self._patches(),
                 packed=state.packed,
                 progress=HostProgress(),
