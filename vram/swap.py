@@ -350,13 +350,9 @@ class Swap:
                 self.apply(plan)
                 return
             except RuntimeError as error:
-                failure = error
-            try:
-                if not out_of_memory(failure) or not self.adapter.shrink():
-                    raise failure
-                let_go(failure)
-            finally:
-                failure = None
+                if not out_of_memory(error) or not self.adapter.shrink():
+                    raise
+                let_go(error)
             plan = self.adapter.first()
 
     def evict(self, nbytes: int) -> int:
