@@ -17,11 +17,16 @@ GIB = 1 << 30
 
 
 def swap(
-    mode: str = "adaptive", *, max_vram_gb: float = 0.02, block_size_mb: int = 1, empty_cache_freq: int = 0
+    mode: str = "adaptive",
+    *,
+    max_vram_gb: float = 0.02,
+    block_size_mb: int = 1,
+    empty_cache_freq: int = 0,
+    **optional: Any,
 ) -> Patch:
     """The node under test. A limit of 0.02 GiB holds the 18 MiB of the tiny model's blocks only in part."""
     inputs = {"max_vram_gb": max_vram_gb, "block_size_mb": block_size_mb}
-    return "BlockSwapWrapper", {**inputs, "swap_mode": mode, "empty_cache_freq": empty_cache_freq}
+    return "BlockSwapWrapper", {**inputs, "swap_mode": mode, "empty_cache_freq": empty_cache_freq, **optional}
 
 
 def latent(server: ComfyServer, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -90,7 +95,7 @@ def test_another_lora_strength_packs_only_what_the_lora_touches(
     streamed = [latent(comfy_server, wan, between=[swap(), lora(wan_lora, s)]) for s in strengths]
     assert all(torch.equal(a, b) for a, b in zip(streamed, expected, strict=True))
     first, *others = packed_bytes(comfy_server.log_text()[start:])
-    assert first > 8  # MiB, in float16; twice that on a CPU
+    assert first > (8 if comfy_server.host.cuda else 15)  # MiB: a GPU computes in float16
     assert len(others) == len(strengths) - 1
     assert all(0 < size < first / 5 for size in others)
 
@@ -224,6 +229,7 @@ def test_torch_compile_of_the_model_works(comfy_server: ComfyServer, wan: str, w
     streamed = latent(comfy_server, wan, steps=2, between=patches)
     # a GPU computes in float16
     assert (streamed - expected).norm() < (1e-2 if comfy_server.host.cuda else 1e-4) * expected.norm()
+    assert comfy_server.host.cuda or torch.allclose(streamed, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_on_a_cpu_the_model_passes_through_and_the_log_says_why(comfy_host: Host, tmp_path: Any) -> None:

@@ -22,8 +22,7 @@ pytestmark = pytest.mark.host
 
 
 def swap(mode: str = "adaptive") -> Patch:
-    kind, inputs = comfy_swap(mode)
-    return kind, {**inputs, "lossless": "on"}
+    return comfy_swap(mode, lossless="on")
 
 
 def encodings(log: str) -> int:

@@ -17,8 +17,7 @@ pytestmark = pytest.mark.host
 
 
 def swap(lossless: str) -> Patch:
-    kind, inputs = comfy_swap("chunkwise")
-    return kind, {**inputs, "lossless": lossless}
+    return comfy_swap("chunkwise", lossless=lossless)
 
 
 def saved(server: ComfyServer, prompt: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -39,10 +38,8 @@ def same(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> bool
 def test_a_streamed_model_is_saved_as_it_is_without_streaming(
     comfy_server: ComfyServer, wan: str, wan_lora: str, lossless: str
 ) -> None:
-    plain, merged = (
-        saved(comfy_server, text_to_video(wan)),
-        saved(comfy_server, text_to_video(wan, between=[lora(wan_lora)])),
-    )
+    plain = saved(comfy_server, text_to_video(wan))
+    merged = saved(comfy_server, text_to_video(wan, between=[lora(wan_lora)]))
     assert not same(plain, merged)
     comfy_server.free()
     between = [lora(wan_lora), swap(lossless)]
