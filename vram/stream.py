@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from . import replacement
 from .copier import Copier
 from .link import Link
 from .on_demand import CopySchedule
@@ -24,10 +25,6 @@ from .units import format_bytes
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.05  # between looks at what other programs took, while a forward is queued
-
-
-def _by_distance(entry: tuple[int, Slot]) -> int:
-    return entry[0]
 
 
 class Streamer:
@@ -346,20 +343,16 @@ class Streamer:
         """A slot for a unit that is needed now and that nobody fetched."""
         if self.floating:
             return self._own_memory(unit)
-        large = [slot for slot in self.slots if slot.buffer.numel() >= unit.nbytes]
-        idle = [slot for slot in large if slot.unit is None or not slot.unit.active]
-        if not idle:
+        slot = replacement.for_now(self.order, self.slots, unit.nbytes)
+        if slot is None:
             self._spilled += 1
             log.log(
                 logging.WARNING if self._spilled == 1 else logging.DEBUG,
-                "unit %d is needed while all %d slots that hold it are in use by units that are computing; %s allocated "
-                "for it",
+                "unit %d is needed while units that are computing use all slots that hold it; %s allocated for it",
                 unit.index,
-                len(large),
                 format_bytes(unit.nbytes),
             )
             return self._own_memory(unit)
-        slot = max(idle, key=lambda slot: self.order.distance(slot.unit))
         if slot.unit is not None and slot.unit.bound:
             self._release(slot.unit, self.link.compute_stream())
         return slot
@@ -377,7 +370,8 @@ class Streamer:
             if self.floating:
                 self._prefetch_floating()
             else:
-                self._prefetch_slots()
+                for unit, slot in replacement.ahead(self.order, self.slots):
+                    self._fetch(unit, slot)
         except Exception as error:
             log.log(
                 logging.DEBUG if self._failed_ahead else logging.WARNING,
@@ -385,27 +379,6 @@ class Streamer:
                 str(error),
             )
             self._failed_ahead = True
-
-    def _prefetch_slots(self) -> None:
-        order, runs = self.order, self.order.runs
-        here, count = order.here(), len(runs)
-        idle = [
-            (order.distance(slot.unit, here), slot)
-            for slot in self.slots
-            if slot.unit is None or not (slot.unit.bound or slot.unit.active)
-        ]
-        if len(idle) > 1:
-            idle.sort(key=_by_distance, reverse=True)
-        for ahead in range(min(count, len(self.slots) + 1)):
-            unit = runs[(here + ahead) % count].unit
-            if unit.load is not None:
-                continue
-            # the slot that holds it whose present unit is needed last, if that is later than this one
-            best = next((entry for entry in idle if entry[1].buffer.numel() >= unit.nbytes), None)
-            if best is None or best[0] <= ahead:
-                return
-            idle.remove(best)
-            self._fetch(unit, best[1])
 
     def _window(self) -> int:
         """The window that this moment is in, see on_demand.py."""
