@@ -9,9 +9,10 @@ import torch
 
 from .config import SwapConfig
 from .memory import snapshot
-from .plan import Plan, Timing, Unit, by_block, choose, cut, fit, single_layers, stream_all, stream_blocks
+from .plan import Plan, Timing, Unit, cut, single_layers, stream_all
+from .policy import FIRST_SLOTS, MARGIN, as_asked, best
 from .telemetry import ForwardRecord
-from .units import MIB, format_bytes
+from .units import format_bytes
 from .worth import plain_is_shorter
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FIRST_SLOTS = 3
 FIRST_SHARE = 0.6  # of what is free for units and activations, before activations are known
-MARGIN = 32 * MIB
 REGROW_AFTER = 8
 SETTLED = 2  # forwards after the measured one until it is asked if other weights would be faster
 LOOKS = 3  # forwards after each plan whose memory is looked at once more
@@ -78,11 +77,10 @@ class Adapter:
     def first(self) -> Plan:
         """The plan before anything was measured. Adaptive mode begins small; all do after memory ran out."""
         config, sizes = self._config, self.swap.weights.sizes
-        single = config.mode == "layerwise" or self._starved >= SINGLE_LAYERS
-        if config.streamed_blocks is not None and not self._starved:
-            units = single_layers(sizes) if single else cut(by_block(sizes), config.block_size)
-            return stream_blocks(units, config.streamed_blocks, 0 if single else config.slots or FIRST_SLOTS)
-        if single:
+        asked = as_asked(config, sizes)
+        if asked is not None and not self._starved:
+            return asked
+        if config.mode == "layerwise" or self._starved >= SINGLE_LAYERS:
             return stream_all(single_layers(sizes), 0)
         slots = config.slots or (2 if config.mode == "adaptive" else FIRST_SLOTS)
         return stream_all(cut(sizes, max(1, config.block_size >> self._starved)), 2 if self._starved else slots)
@@ -326,15 +324,11 @@ class Adapter:
         swap.apply(self.first())
 
     def _best(self, room: int) -> Plan:
-        config = self._config
-        units = cut(self.swap.weights.sizes, config.block_size)
-        if config.mode == "adaptive" and self._timing is not None and config.slots is None:
-            plan = choose(self.swap.weights.sizes, self._measured_units, self._timing, room, config.block_size)
-        else:
-            plan = fit(units, room, config.slots or FIRST_SLOTS) or fit(units, room, 2)
+        config, sizes = self._config, self.swap.weights.sizes
+        plan = best(config, sizes, room, self._timing, self._measured_units)
         if plan is not None:
             return plan
-        return self.first() if self._starved else stream_all(units, 2)
+        return self.first() if self._starved else stream_all(cut(sizes, config.block_size), 2)
 
 
 def timing(record: ForwardRecord, count: int) -> Timing:

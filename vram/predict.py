@@ -12,27 +12,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .adapt import FIRST_SLOTS, MARGIN
 from .config import SwapConfig
 from .hardware import Hardware
 from .model_headers import Weight
-from .plan import (
-    LayerSize,
-    LimitTooSmall,
-    Plan,
-    Timing,
-    Unit,
-    allocated,
-    by_block,
-    choose,
-    cut,
-    fit,
-    rescale,
-    simulate,
-    single_layers,
-    stream_all,
-    stream_blocks,
-)
+from .plan import LayerSize, LimitTooSmall, Plan, Timing, Unit, allocated, by_block, cut, rescale, simulate, stream_all
+from .policy import MARGIN, as_asked, best
 from .units import format_bytes
 
 OUTSIDE = 0.01  # time outside the blocks, as a share of theirs
@@ -174,7 +158,8 @@ def predict(
     units = cut(layers if config.streamed_blocks is None else by_block(layers), config.block_size)
     timing = Timing(_per_unit(layers, units, work), work.outside, link)
     free = limit - context - beside
-    plan = _plan(layers, units, timing, free - work.activations - MARGIN, config)
+    room = free - work.activations - MARGIN
+    plan = as_asked(config, layers) or best(config, layers, room, timing, units) or stream_all(units, 2)
     activations = min(work.activations, free - plan.device_bytes)
     if (
         work.least < activations < work.activations
@@ -192,22 +177,6 @@ def predict(
     compute = sum(work.blocks) + work.outside
     arena = sum(layer.link_bytes for layer in layers)
     return Prediction(plan, limit, context, beside, activations, seconds, compute, link, arena)
-
-
-def _plan(layers: Sequence[LayerSize], units: Sequence[Unit], timing: Timing, room: int, config: SwapConfig) -> Plan:
-    if config.mode == "layerwise":
-        units, slots = single_layers(layers), 0
-    else:
-        slots = config.slots or FIRST_SLOTS
-    if config.streamed_blocks is not None:
-        return stream_blocks(units, config.streamed_blocks, slots)
-    if config.mode == "layerwise":
-        return stream_all(units, slots)
-    if config.mode == "adaptive" and config.slots is None:
-        plan = choose(layers, units, timing, room, config.block_size)
-    else:
-        plan = fit(units, room, slots) or fit(units, room, 2)
-    return plan or stream_all(units, 2)
 
 
 def _per_unit(layers: Sequence[LayerSize], units: Sequence[Unit], work: Work) -> tuple[float, ...]:
