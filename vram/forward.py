@@ -202,7 +202,8 @@ class Forward:
 
     def _with_less(self, error: BaseException) -> bool:
         """Begin the forward again with a plan that takes less memory. False when there is none."""
-        gc.collect()  # an exception of before, somebody else's, may still hold what was computed then
+        if self.swap.device.type != "cpu":
+            gc.collect()  # an exception of before, somebody else's, may still hold VRAM
         while True:
             if not self._room():
                 return False
