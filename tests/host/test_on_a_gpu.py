@@ -86,39 +86,26 @@ def test_limits_that_hold_the_weights_but_not_the_activations_are_lived_with(ser
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_comfyui_samples_the_same_latent_beside_another_program(server: ComfyServer, mode: str) -> None:
-    def prompt(seed: int, *between: Any) -> dict[str, Any]:
-        return text_to_video("large.safetensors", between=between, seed=seed, steps=40, length=25, **SIZE)
+@pytest.mark.parametrize("host", ["comfyui", "wanvideowrapper"])
+def test_the_latent_is_the_same_beside_another_program(server: ComfyServer, host: str, mode: str) -> None:
+    if host == "wanvideowrapper" and (problem := why_not_loaded(server)) is not None:
+        pytest.skip(problem)
 
-    node = comfy_swap(mode, max_vram_gb=0.0, block_size_mb=270)
+    def prompt(seed: int, **swap: Any) -> dict[str, Any]:
+        if host == "comfyui":
+            between = [comfy_swap(mode, **swap)] if swap else []
+            return text_to_video("large.safetensors", between=between, seed=seed, steps=40, length=25, **SIZE)
+        scene = {"num_frames": 25, "base_precision": "bf16", "swap": wan_swap(mode=mode, **swap) if swap else None}
+        return sample_video("large.safetensors", seed=seed, steps=40, **SIZE, **scene)
+
+    node = {"max_vram_gb": 0.0, "block_size_mb": 270}
     expected = [run(server, prompt(seed)) for seed in (0, 1)]
-    assert torch.equal(run(server, prompt(0, node)), expected[0])
+    assert torch.equal(run(server, prompt(0, **node)), expected[0])
     start = len(server.log_text())
     for seed in (1, 0):
         with hog(seed, LEAST, MOST):
-            assert torch.equal(run(server, prompt(seed, node)), expected[seed])
+            assert torch.equal(run(server, prompt(seed, **node)), expected[seed])
     told = [line for line in server.log_text()[start:].splitlines() if any(words in line for words in ANSWERS)]
-    print(f"\n{mode}: " + "\n".join(told[:4]))
+    print(f"\n{host}, {mode}: " + "\n".join(told[:4]))
     server.free()
     gc.collect()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_wanvideowrapper_samples_the_same_latent_beside_another_program(server: ComfyServer, mode: str) -> None:
-    if (problem := why_not_loaded(server)) is not None:
-        pytest.skip(problem)
-
-    def prompt(seed: int, **scene: Any) -> dict[str, Any]:
-        return sample_video(
-            "large.safetensors", base_precision="bf16", seed=seed, steps=40, num_frames=25, **SIZE, **scene
-        )
-
-    node = wan_swap(mode=mode, max_vram_gb=0.0, block_size_mb=270)
-    expected = [run(server, prompt(seed, swap=node)) for seed in (0, 1)]
-    start = len(server.log_text())
-    for seed in (0, 1):
-        with hog(seed, LEAST, MOST):
-            assert torch.equal(run(server, prompt(seed, swap=node)), expected[seed])
-    told = [line for line in server.log_text()[start:].splitlines() if any(words in line for words in ANSWERS)]
-    print(f"\n{mode}: " + "\n".join(told[:4]))
-    server.free()
