@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,7 +45,7 @@ class Adapter:
     """
 
     def __init__(self, swap: Swap) -> None:
-        self.swap = swap
+        self._swap = weakref.ref(swap)
         self._largest = -1
         self._elements = 0
         self._measuring = False
@@ -64,6 +65,11 @@ class Adapter:
         self._timing: Timing | None = None
         self._peak_reserved = 0
         self._peak_allocated = 0
+
+    @property
+    def swap(self) -> Swap:
+        """The Swap whose plans these are, which keeps this."""
+        return self._swap()
 
     @property
     def _config(self) -> SwapConfig:

@@ -7,6 +7,7 @@ import gc
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ class Forward:
     """The forwards of one Swap. ``lock`` is held by the thread that computes; ``repeated`` counts repetitions."""
 
     def __init__(self, swap: Swap) -> None:
-        self.swap = swap
+        self._swap = weakref.ref(swap)
         self.lock = threading.RLock()
         self.depth = 0
         self.repeated = 0
@@ -42,10 +43,16 @@ class Forward:
         self._elements = 0
         self._repeats = self._tries = self._waits = 0
 
+    @property
+    def swap(self) -> Swap:
+        """The Swap whose forwards these are. It is not kept: once it is off the model, nothing but its user does that."""
+        return self._swap()
+
     # -- gates -------------------------------------------------------------------------------------------------------
 
     def gate(self, original: Callable) -> Callable:
-        """``original``, the forward of the whole model, as one that is measured and held below the limit."""
+        """``original``, the forward of the whole model, as one that is measured and held below the limit. While that is the
+        model's, it keeps the Swap."""
         begin, end = hide_from_compile(as_function(self._begin)), hide_from_compile(as_function(self._end))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -58,7 +65,7 @@ class Forward:
             end(None)
             return result
 
-        return marked(hide_from_compile(forward, recursive=False))
+        return marked(hide_from_compile(forward, recursive=False), self.swap)
 
     def repeatable(self, original: Callable) -> Callable:
         """``original``, which does the work of a forward, as one that is called again when memory ran out in it and the

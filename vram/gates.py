@@ -53,9 +53,9 @@ def gate(original: Callable, enter: Callable[[], None], leave: Callable[[], None
     return marked(hide_from_compile(forward, recursive=False))
 
 
-def marked(function: Callable) -> Callable:
-    """``function`` recognisable as one of the engine's gates."""
-    setattr(function, MARK, True)
+def marked(function: Callable, keeps: object = None) -> Callable:
+    """``function`` recognisable as one of the engine's gates, which keeps what is given as ``keeps`` alive."""
+    setattr(function, MARK, keeps)
     return function
 
 

@@ -514,15 +514,32 @@ def test_ram_does_not_grow_with_every_run():
 
 
 @torch.no_grad()
-def test_a_model_that_was_attached_and_detached_is_collected_with_its_weights():
-    model = build("blocks in a list")
-    swap = attach_small(model)
-    model(inputs())
-    packed = swap.detach()
-    alive = [weakref.ref(model), weakref.ref(packed), weakref.ref(swap), weakref.ref(model.blocks[0].qkv.weight)]
-    del model, swap, packed
+def test_a_model_that_was_attached_and_detached_is_gone_with_its_weights_without_the_garbage_collector():
     gc.collect()
-    assert [ref() for ref in alive] == [None] * 4
+    gc.disable()
+    try:
+        model = build("blocks in a list")
+        swap = attach_small(model)
+        model(inputs())
+        packed = swap.detach()
+        alive = [weakref.ref(model), weakref.ref(packed), weakref.ref(swap), weakref.ref(model.blocks[0].qkv.weight)]
+        del model, swap, packed
+        assert [ref() for ref in alive] == [None] * 4
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_a_swap_that_nobody_holds_goes_on_as_long_as_the_model_does():
+    model = build("blocks in a list")
+    wanted = model(inputs())
+    alive = weakref.ref(attach_small(model))
+    gc.collect()
+    assert torch.equal(model(inputs()), wanted)
+    assert alive().attached
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 # -- again and again ---------------------------------------------------------------------------------------------------

@@ -40,16 +40,26 @@ def warm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def filled(left: int) -> Iterator[None]:
-    """While inside, all of the card but ``left`` bytes is taken, and nothing was measured before."""
+    """While inside, all of the card but ``left`` bytes is taken, and nothing was measured before. Also what is free within
+    segments of torch's that other tests hold in part: whoever measures would find it."""
     gc.collect()
-    torch.cuda.empty_cache()  # what torch holds and does not use is free to whoever measures
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    held = torch.empty(max(0, free - left), dtype=torch.uint8, device="cuda")
+    held = [torch.empty(max(0, free - left), dtype=torch.uint8, device="cuda")]
+    spare = torch.empty(
+        left - 4 * MIB, dtype=torch.uint8, device="cuda"
+    )  # so that no new segment comes of what follows
+    for size in (64 * MIB, 8 * MIB, 2 * MIB):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            while True:
+                held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+    del spare
+    torch.cuda.empty_cache()
     hardware.forget()
     try:
         yield
     finally:
-        del held
+        held.clear()
         torch.cuda.empty_cache()
 
 

@@ -1,5 +1,6 @@
 """BlockSwapWrapper in a real ComfyUI, over its HTTP API: the same latents to the bit, and a model that stays whole."""
 
+import json
 import re
 from typing import Any
 
@@ -67,6 +68,46 @@ def test_models_with_two_lists_of_blocks_stream(
     for name, pooled in ((hunyuan, HUNYUAN_POOLED_DIM), (wan_vace, 0)):
         expected = latent(comfy_server, name, pooled_dim=pooled)
         assert torch.equal(latent(comfy_server, name, pooled_dim=pooled, between=[swap(mode)]), expected)
+
+
+@pytest.mark.parametrize("hand_over", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "lossless"), [("none", "off"), *((mode, "off") for mode in MODES), ("chunkwise", "on")]
+)
+def test_a_model_that_is_let_go_is_gone_without_the_garbage_collector(
+    comfy_server: ComfyServer, wan: str, wan_lora: str, mode: str, lossless: str, hand_over: bool
+) -> None:
+    """As without block swap. Else its memory comes back late, or in the middle of the host's own bookkeeping, which expects
+    of models that they are there until it lets go of them."""
+    prompt = text_to_video(wan)
+    inputs = {name: prompt["sampler"]["inputs"][name] for name in ("positive", "negative", "latent_image")}
+    settings = {"unet_name": wan, "lora_name": wan_lora, "swap_mode": mode, "lossless": lossless}
+    forget = {"class_type": "TestForget", "inputs": {**settings, "hand_over": hand_over, **inputs}}
+    wanted = {name: prompt[name] for name in ("positive", "negative", "latent")}
+    told = json.loads(comfy_server.run({**wanted, "forget": forget})["outputs"]["forget"]["text"][0])
+    assert ("swap" in told["remembered"]) == (mode != "none")
+    assert told["alive"] == []
+
+
+def test_garbage_that_is_collected_at_any_moment_breaks_nothing(
+    comfy_server: ComfyServer, hunyuan: str, wan_vace: str, wan: str
+) -> None:
+    """Models that were let go are in the host's lists until they are collected."""
+
+    def collect(often: bool) -> None:
+        comfy_server.run({"collect": {"class_type": "TestCollectOften", "inputs": {"often": often}}})
+
+    models = ((hunyuan, HUNYUAN_POOLED_DIM), (wan_vace, 0), (wan, 0))
+    expected = [latent(comfy_server, name, pooled_dim=pooled) for name, pooled in models]
+    collect(True)
+    try:
+        for _ in range(3):
+            for (name, pooled), wanted in zip(models, expected, strict=True):
+                comfy_server.free(unload_models=False)
+                streamed = latent(comfy_server, name, pooled_dim=pooled, between=[swap("layerwise")])
+                assert torch.equal(streamed, wanted)
+    finally:
+        collect(False)
 
 
 def test_fp8_weights_stream(comfy_server: ComfyServer, wan: str) -> None:

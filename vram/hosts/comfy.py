@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import weakref
 from collections import namedtuple
 from collections.abc import Hashable
 from functools import lru_cache
@@ -249,10 +250,14 @@ class StreamedPatcher:
         wanted = min(allowed, self.model_size() + ACTIVATIONS)
         if room >= wanted:
             return
+        listed = comfy.model_management.current_loaded_models
         # what the host is loading in the same call it has taken off its list, or marked as used since
-        keep = [loaded for loaded in comfy.model_management.current_loaded_models if loaded.currently_used]
+        keep = [loaded for loaded in listed if loaded.currently_used]
+        # the list holds models weakly: one that the garbage collector takes meanwhile would break the host's walk over it
+        there = [loaded.model for loaded in listed]
         free = comfy.model_management.get_free_memory(device)
         comfy.model_management.free_memory(free + wanted - room, device, keep_loaded=keep)
+        del there
 
     def _key(self, device: torch.device) -> Hashable:
         """What must be the same for an attached swap to go on."""
@@ -266,20 +271,20 @@ class StreamedPatcher:
 
     def _patches(self, hooked: dict[str, list] | None = None) -> Patches:
         """This patcher's LoRAs as the engine packs them: made by the host's own code, on the device, once. ``hooked`` are
-        further patches of hooks, by key."""
-        hooked = hooked or {}
+        further patches of hooks, by key. The swap must not keep this patcher: the host lets go of a model by forgetting it."""
+        hooked, patcher = hooked or {}, weakref.proxy(self)
 
         def key_of(path: str) -> str:
             return f"{ROOT}.{path.replace('_orig_mod.', '')}"
 
         def signature(path: str) -> Hashable | None:
             key = key_of(path)
-            patches = (*self.patches.get(key, ()), *hooked.get(key, ()))
+            patches = (*patcher.patches.get(key, ()), *hooked.get(key, ()))
             # the patches themselves are part of the signature: while it is kept, so is what their id names
             return tuple(PatchIdentity(patch) for patch in patches) or None
 
         def apply(path: str, tensor: torch.Tensor) -> torch.Tensor:
-            return self._patched_weight(key_of(path), tensor, hooked.get(key_of(path)))
+            return patcher._patched_weight(key_of(path), tensor, hooked.get(key_of(path)))
 
         return Patches(signature, apply)
 

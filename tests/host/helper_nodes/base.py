@@ -1,7 +1,9 @@
 """What nodes for ComfyUI's own models and those for WanVideoWrapper's share."""
 
+import gc
 import json
 import logging
+import threading
 import time
 from collections import Counter
 
@@ -101,6 +103,31 @@ class TestSlowProgress(EveryPrompt):
             UPDATE(bar, value, *args, **kwargs)
 
         comfy.utils.ProgressBar.update_absolute = update_absolute if seconds else UPDATE
+        return {}
+
+
+class TestCollectOften(EveryPrompt):
+    """From now on, or until it is told to stop, another thread collects garbage again and again."""
+
+    FUNCTION = "collect"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    stop = threading.Event()
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"often": ("BOOLEAN",)}}
+
+    def collect(self, often: bool) -> dict:
+        self.stop.set()
+        if often:
+            TestCollectOften.stop = stop = threading.Event()
+
+            def run() -> None:
+                while not stop.wait(0.001):
+                    gc.collect()
+
+            threading.Thread(target=run, daemon=True).start()
         return {}
 
 

@@ -1,12 +1,23 @@
 """Nodes for ComfyUI's own models."""
 
+import gc
+import json
+import weakref
 from pathlib import Path
 
 import folder_paths
 import torch
 from safetensors.torch import save_file
 
+import nodes
+
 from .base import Disturbance, EveryPrompt, Probe
+
+
+def call(node: str, **inputs: object) -> object:
+    """The first output of a node, called as the host calls it."""
+    node_class = nodes.NODE_CLASS_MAPPINGS[node]
+    return getattr(node_class(), node_class.FUNCTION)(**inputs)[0]
 
 
 class TestConditioning:
@@ -72,6 +83,58 @@ class TestMergeProbe(Probe):
         return {"to_merge": len(to_merge), "not_its_own": sum(id(weight) not in own for weight in to_merge)}
 
 
+class TestForget(EveryPrompt):
+    """Loads a model, samples with it through BlockSwapWrapper (`swap_mode` "none": without), and lets go of it; `hand_over`: after
+    the host did what it does before it loads another copy. Tells, as JSON, what of it is alive before garbage is collected."""
+
+    FUNCTION = "forget"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "unet_name": ("STRING",),
+                "lora_name": ("STRING",),
+                "swap_mode": ("STRING",),
+                "lossless": ("STRING",),
+                "hand_over": ("BOOLEAN",),
+                "positive": ("CONDITIONING",),
+                "negative": ("CONDITIONING",),
+                "latent_image": ("LATENT",),
+            }
+        }
+
+    def forget(self, **inputs: object) -> dict:
+        gc.disable()
+        try:
+            remembered = self.sampled(**inputs)
+            alive = [name for name, thing in remembered.items() if thing() is not None]
+        finally:
+            gc.enable()
+        return {"ui": {"text": [json.dumps({"alive": alive, "remembered": list(remembered)})]}}
+
+    def sampled(
+        self, unet_name: str, lora_name: str, swap_mode: str, lossless: str, hand_over: bool, **inputs: object
+    ) -> dict[str, weakref.ref]:
+        model = call("UNETLoader", unet_name=unet_name, weight_dtype="default")
+        if swap_mode != "none":
+            settings = {"max_vram_gb": 0.02, "block_size_mb": 1, "empty_cache_freq": 0, "lossless": lossless}
+            model = call("BlockSwapWrapper", model=model, swap_mode=swap_mode, **settings)
+        if lora_name:
+            model = call("LoraLoaderModelOnly", model=model, lora_name=lora_name, strength_model=0.5)
+        sampling = {"seed": 0, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+        call("KSampler", model=model, **sampling, **inputs)
+        transformer = model.model.diffusion_model
+        there = {"patcher": model, "model": model.model, "transformer": transformer, "block": transformer.blocks[0]}
+        if swap_mode != "none":
+            there |= {"swap": model.swap, "packed": model.swap.packed, "arena": model.swap.packed.arena}
+        if hand_over:
+            model.detach(False)
+        return {name: weakref.ref(thing) for name, thing in there.items()}
+
+
 class TestRaiseInBlock:
     """A clone of a MODEL, one transformer block of which sleeps or raises; see Disturbance.
 
@@ -118,4 +181,4 @@ class TestDeepClone:
         return (copy,)
 
 
-NODES = (TestConditioning, TestSaveLatent, TestModelProbe, TestMergeProbe, TestRaiseInBlock, TestDeepClone)
+NODES = (TestConditioning, TestSaveLatent, TestModelProbe, TestMergeProbe, TestForget, TestRaiseInBlock, TestDeepClone)
