@@ -120,7 +120,7 @@ class TestForget(EveryPrompt):
     ) -> dict[str, weakref.ref]:
         model = call("UNETLoader", unet_name=unet_name, weight_dtype="default")
         if swap_mode != "none":
-            settings = {"max_vram_gb": 0.02, "block_size_mb": 1, "empty_cache_freq": 0, "lossless": lossless}
+            settings = {"max_vram_gb": 0.0, "block_size_mb": 1, "empty_cache_freq": 0, "lossless": lossless}
             model = call("BlockSwapWrapper", model=model, swap_mode=swap_mode, **settings)
         if lora_name:
             model = call("LoraLoaderModelOnly", model=model, lora_name=lora_name, strength_model=0.5)
