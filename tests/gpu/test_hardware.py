@@ -46,9 +46,8 @@ def filled(left: int) -> Iterator[None]:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     held = [torch.empty(max(0, free - left), dtype=torch.uint8, device="cuda")]
-    spare = torch.empty(
-        left - 4 * MIB, dtype=torch.uint8, device="cuda"
-    )  # so that no new segment comes of what follows
+    # so that no new segment comes of what follows
+    spare = torch.empty(left - 4 * MIB, dtype=torch.uint8, device="cuda")
     for size in (64 * MIB, 8 * MIB, 2 * MIB):
         with contextlib.suppress(torch.OutOfMemoryError):
             while True:
