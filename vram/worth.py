@@ -14,7 +14,7 @@ from .telemetry import ForwardRecord
 GAIN = 0.03  # share of a forward that has to be saved for weights to be encoded
 LOSS = 0.01  # share of a forward that decoding has to cost for them to be decoded again
 PAYBACK = 150  # forwards in which the time that encoding takes has to be saved
-ENCODING = 3e9  # bytes per second, fewer than were measured
+ENCODING = 3e9  # bytes per second, about the least that was measured
 
 
 @dataclass(frozen=True)
