@@ -17,7 +17,7 @@ from types import TracebackType
 
 import torch
 
-from ..vram.arena import HostSegment
+from ..vram.host_memory import HostSegment
 from ..vram.model_headers import ModelUnreadable
 from ..vram.page_lock import registrar_for
 from ..vram.units import MIB

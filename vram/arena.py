@@ -1,15 +1,14 @@
 """Host memory that the packed weights live in: exact size, page-locked where possible, filled by several threads.
 
-``torch``'s pinned allocator rounds sizes up to a power of two (pytorch issues 95823 and 150517). Here memory is an
-anonymous mapping of exactly the packed size, rounded up to a page, registered with the CUDA runtime after it was filled:
-several mappings filled and registered by as many threads is the fastest way (see benchmarks/README.md).
+``torch``'s pinned allocator rounds sizes up to a power of two (pytorch issues 95823 and 150517). Here memory is a mapping of
+exactly the packed size (host_memory.py), registered with the CUDA runtime after it was filled: several mappings filled and
+registered by as many threads is the fastest way (see benchmarks/README.md).
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from .host_budget import Holder, HostBudget, process_budget
+from .host_memory import HostSegment, NoHostMemory
 from .layout import TensorSpec
 from .page_lock import Registrar, registrar_for
 from .units import format_bytes
@@ -27,67 +27,6 @@ log = logging.getLogger(__name__)
 
 FILL_THREADS = 16
 AT_ONCE = 8  # one part in so many of the free RAM is filled at the same time: what is replaced is released afterwards
-
-
-class NoHostMemory(MemoryError):
-    """The system gave no memory for a segment."""
-
-
-def _unregister(registrar: Registrar, address: int) -> str | None:
-    reason = registrar.unregister(address)
-    if reason is not None:
-        log.debug("page-locked memory at %#x could not be unregistered (%s)", address, reason)
-    return reason
-
-
-class HostSegment:
-    """``nbytes`` of host memory as ``buffer`` (uint8, one dimension, page-aligned), which can be page-locked.
-
-    The memory lives as long as the segment or any tensor that views ``buffer``. Raises NoHostMemory.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        try:
-            mapping = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
-        except (OSError, MemoryError) as error:
-            raise NoHostMemory(
-                f"the system has no {format_bytes(nbytes)} of RAM left for weights ({error}); close other programs, "
-                "or let the page file be larger"
-            ) from error
-        with torch.inference_mode(False):
-            self.buffer = torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
-        with torch.inference_mode():
-            self._inference_buffer = torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
-        self.nbytes = nbytes
-        self.refusal: str | None = None
-        self._finalizer: weakref.finalize | None = None
-
-    def buffer_for(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The memory as a tensor that ``tensor.data`` can become a view of: an inference tensor for an inference tensor."""
-        return self._inference_buffer if tensor.is_inference() else self.buffer
-
-    @property
-    def page_locked(self) -> bool:
-        """Whether the memory is registered with the driver, so that copies from it run asynchronously."""
-        return self._finalizer is not None and self._finalizer.alive
-
-    def page_lock(self, registrar: Registrar | None) -> bool:
-        """Register the memory. False where there is nothing to register it with, or where the driver refuses:
-        ``refusal`` then says why."""
-        if registrar is None or self.page_locked or not self.nbytes:
-            return self.page_locked
-        address = self.buffer.data_ptr()
-        self.refusal = registrar.register(address, self.nbytes)
-        if self.refusal is None:
-            self._finalizer = weakref.finalize(self, _unregister, registrar, address)
-        else:
-            log.debug("the driver refused to page-lock %s: %s", format_bytes(self.nbytes), self.refusal)
-        return self.page_locked
-
-    def release(self) -> str | None:
-        """Undo ``page_lock``. No copy from the segment may be under way. Returns None, or why the driver refused: the device
-        is lost."""
-        return self._finalizer() if self._finalizer is not None else None
 
 
 def lies_as(spec: TensorSpec, source: torch.Tensor) -> bool:

@@ -20,8 +20,8 @@ from functools import lru_cache
 import numpy
 import torch
 
-from .arena import HostSegment
 from .codec import ALIGNMENT, BYTES, CHUNK, E4M3, FLOAT16, Chunks, Corrupt, NoCodec, count_of, padded, table_bytes
+from .host_memory import HostSegment
 from .page_lock import registrar_for
 from .units import MIB
 

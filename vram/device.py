@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from . import nvml
-from .arena import HostSegment
+from .host_memory import HostSegment
 from .limit import reserved
 from .memory import snapshot
 from .page_lock import registrar_for

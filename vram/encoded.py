@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from .codec import Chunks, Corrupt, codec_named, read_chunks
+from .host_memory import new_memory
 from .units import KIB
 
 _KEPT = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -105,9 +106,9 @@ class EncodedTensor(torch.Tensor):
         plain = self.replaced
         if plain is not None:
             return plain if device is None else plain.to(device)
-        target = torch.empty(
-            self.numel() * self.element_size(), dtype=torch.uint8, device=device or self.encoded.device
-        )
+        nbytes, device = self.numel() * self.element_size(), device or self.encoded.device
+        on_host = device.type == "cpu"
+        target = new_memory(nbytes) if on_host else torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.verify()
         codec_named(self.codec).decode(self.encoded, self.chunks(), target, self.path)
         return target.view(self.dtype).as_strided(self.shape, self.stride())

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .arena import Arena, FillJob, HostSegment
+from .arena import Arena, FillJob
+from .host_memory import HostSegment
 from .kv_attention import attend
 from .kv_cache import ModelCache
 from .kv_layouts import CacheShape, move_left, permutation

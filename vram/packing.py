@@ -8,11 +8,12 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
-from .arena import Arena, FillJob, HostSegment, copy_host, lies_as
+from .arena import Arena, FillJob, copy_host, lies_as
 from .coding import Coding, UnitCoding, copy_encoded, encode_part, parts_of, unit_coding
 from .discover import Layer
 from .encoded import is_encoded
 from .host_budget import HostBudget
+from .host_memory import HostSegment
 from .layout import Entry, flatten, leaves, plain_tensors
 from .lending import Lender, Owner
 from .mapped_files import MappedFile, files_behind

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .arena import HostSegment
 from .coding import parts_of, plan_encoded
 from .discover import Layer, Slotted
 from .encoded import is_encoded
+from .host_memory import HostSegment
 from .layout import CannotPack, Entry, align, flatten, leaves, plan_tensor
 from .plan import arrange
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .arena import HostSegment
+from .host_memory import HostSegment
 from .link import Link
 from .page_lock import Registrar, registrar_for
 from .units import MIB

@@ -12,8 +12,9 @@ import psutil
 import pytest
 import torch
 from intelligent_vram.vram import PackedModel, Patches, SwapConfig, attach, packing
-from intelligent_vram.vram.arena import Arena, FillJob, HostSegment, NoHostMemory
+from intelligent_vram.vram.arena import Arena, FillJob
 from intelligent_vram.vram.host_budget import HostBudget
+from intelligent_vram.vram.host_memory import HostSegment, NoHostMemory
 from intelligent_vram.vram.link import Link
 from intelligent_vram.vram.mapped_files import FileCutOff
 from intelligent_vram.vram.rest import sort_tensors
@@ -99,16 +100,17 @@ def test_page_locking_that_fails_part_of_the_way_costs_speed_only(refused, share
 class Full:
     """An operating system that gives no memory from the n-th mapping on."""
 
-    PAGESIZE = mmap.PAGESIZE
-
     def __init__(self, after, error):
         self.left, self.error = after, error
 
-    def mmap(self, *args):
+    def __getattr__(self, name):
+        return getattr(mmap, name)
+
+    def mmap(self, *args, **flags):
         self.left -= 1
         if self.left < 0:
             raise self.error
-        return mmap.mmap(*args)
+        return mmap.mmap(*args, **flags)
 
 
 @pytest.mark.parametrize("error", [OSError(12, "Cannot allocate memory"), MemoryError()])
@@ -118,7 +120,7 @@ def test_weights_that_the_system_has_no_memory_for_stay_where_they_are(after, er
     model, x = build(NAME), inputs()
     wanted, before = model(x), contents(model)
     with monkeypatch.context() as patch:
-        patch.setattr("intelligent_vram.vram.arena.mmap", Full(after, error))
+        patch.setattr("intelligent_vram.vram.host_memory.mmap", Full(after, error))
         swap = attach_locked(model, registrar := Registrar(), shared)
     assert (swap.packed.host_bytes > 0) == (after > 0)
     assert swap.packed.host_bytes < swap.packed.packed_bytes
@@ -137,7 +139,7 @@ def test_patched_weights_without_memory_are_an_error_that_says_so(monkeypatch, s
     model = build(NAME)
     before = contents(model)
     with monkeypatch.context() as patch:
-        patch.setattr("intelligent_vram.vram.arena.mmap", Full(3, OSError(12, "Cannot allocate memory")))
+        patch.setattr("intelligent_vram.vram.host_memory.mmap", Full(3, OSError(12, "Cannot allocate memory")))
         with pytest.raises(NoHostMemory, match=r"no .* of RAM left for weights"):
             attach_locked(model, registrar := Registrar(), shared, patches=adding(0.5, "weight"))
         assert registrar.ranges == {}
