@@ -3,7 +3,8 @@
     python benchmarks/block_swap.py [--layers 12] [--tokens 1024 7800 32760] [--json FILE]
 
 Everything is measured in one process on the same weights and inputs. The floor of a configuration is
-max(compute-only time, bytes it streams / page-locked bandwidth), both measured here.
+max(compute-only time, bytes it streams / page-locked bandwidth), the latter measured just before it: a machine that is shared
+has a link that changes by some percent within minutes.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Bench:
                 "tokens": tokens,
                 "seconds": measured.seconds,
                 "spread": measured.spread,
+                "bandwidth": self.bandwidth,
                 "floor": floor,
                 "over_floor": measured.seconds / floor,
                 "identical": same,
@@ -109,11 +111,15 @@ class Bench:
                 flush=True,
             )
 
+    def measure_link(self) -> None:
+        """The page-locked bandwidth now, for what is measured next."""
+        self.bandwidth = copy_bandwidth(self.device, 512 * MIB)
+        print(f"page-locked bandwidth {self.bandwidth / 1e9:.1f} GB/s", flush=True)
+
     def resident(self, name: str) -> None:
         """Compute only; its outputs are what all others are compared with. Measured first and last, because a card slows
         down as it gets warm: the floor is the mean."""
-        self.bandwidth = copy_bandwidth(self.device, 512 * MIB)
-        print(f"page-locked bandwidth {self.bandwidth / 1e9:.1f} GB/s", flush=True)
+        self.measure_link()
         model = self.model().to(self.device)
         self.add(name, 0.0, 0, self.cells(model), dict)
 
@@ -124,7 +130,7 @@ class Bench:
         for name in names:
             cells = []
             for row in (row for row in self.rows if row["name"] == name):
-                row["floor"] = max(self.compute[row["tokens"]], row["streamed_bytes"] / self.bandwidth)
+                row["floor"] = max(self.compute[row["tokens"]], row["streamed_bytes"] / row["bandwidth"])
                 row["over_floor"] = row["seconds"] / row["floor"]
                 peaks = f"{row['peak_allocated'] / GIB:.2f}/{row['peak_reserved'] / GIB:.2f}"
                 cells.append(f"{row['seconds']:.4f} {row['over_floor']:.3f} {peaks}")
@@ -132,6 +138,7 @@ class Bench:
 
     def ours(self, name: str, config: SwapConfig) -> None:
         """One configuration of this pack."""
+        self.measure_link()
         model = self.model()
         synchronize(self.device)
         start = time.perf_counter()
@@ -169,6 +176,7 @@ class Bench:
 
     def limited(self, mode: str, gib: float) -> None:
         """A mode under a limit: the floor is that of the bytes it ends up streaming at each token count."""
+        self.measure_link()
         model = self.model()
         start = time.perf_counter()
         config = SwapConfig(mode=mode, max_vram=round(gib * GIB), block_size=self.args.block_size * MIB, lossless="off")
@@ -192,6 +200,7 @@ class Bench:
         """diffusers' group offloading with a stream."""
         from diffusers.hooks import apply_group_offloading
 
+        self.measure_link()
         model = self.model()
         start = time.perf_counter()
         apply_group_offloading(

@@ -3,7 +3,8 @@
     python benchmarks/lossless.py [--layers 12] [--tokens 1024 7800 32760] [--files FOLDER]
 
 All in one process, on the same weights and inputs. The plain floor is max(compute-only time, plain bytes / page-locked
-bandwidth). --files: also set-up from a plain and from an encoded file, which are written there.
+bandwidth), the latter measured before each configuration. -v: tell the rate of encoding, too. --files: also set-up from a plain
+and from an encoded file, which are written there.
 """
 
 from __future__ import annotations
@@ -96,15 +97,16 @@ def main() -> None:
 def compare(config: WanConfig, args: argparse.Namespace) -> None:
     model = random_model(config, torch.bfloat16, "cuda")
     inputs = {tokens: sample_inputs(config, tokens, torch.bfloat16, "cuda", seed=1) for tokens in args.tokens}
-    bandwidth = copy_bandwidth(DEVICE, 700 * MIB)
     expected = {tokens: model(*args) for tokens, args in inputs.items()}
     resident = {
         tokens: forwards(lambda args=args: model(*args), DEVICE, 3, 3).seconds for tokens, args in inputs.items()
     }
     model.cpu()
-    print(f"{torch.cuda.get_device_name()}, link {bandwidth / 1e9:.1f} GB/s, {args.layers} blocks")
+    print(f"{torch.cuda.get_device_name()}, {args.layers} blocks")
     print(f"{'':27} {'tokens':>6} {'floor':>7} {'off':>7} {'here':>7} {'here/off':>9} {'/floor':>9} {'memory':>9}")
     for name, plain in configurations(args.layers).items():
+        bandwidth = copy_bandwidth(DEVICE, 700 * MIB)
+        print(f"{name}: link {bandwidth / 1e9:.1f} GB/s")
         before: dict[int, tuple[float, float, int]] = {}
         for tokens, seconds, swap, peak in measured(model, plain, inputs, expected):
             floor = max(resident[tokens], swap.plan.streamed_bytes / bandwidth)
