@@ -181,7 +181,7 @@ class Coding:
 
     def faster(self, layers: Sequence[Layer], record: ForwardRecord) -> Rates | None:
         """The rates of this card and link where a forward like ``record``, with plain weights, would be clearly shorter with
-        encoded ones; else None. Encodes a layer to find out, on a GPU."""
+        encoded ones; else None. Encodes a part of one to find out, on a GPU."""
         rest = self._plain(layers)
         if not rest or not waits_for_copies(record):
             return None
@@ -189,7 +189,9 @@ class Coding:
         try:
             rates = workers.measure(max(rest, key=lambda layer: layer.nbytes))
         except torch.OutOfMemoryError as reason:
-            log.debug("there is no device memory left to find out what encoding would save: %s", reason)
+            log.info(
+                "weights stay plain: there is no device memory left to find out what encoding would save: %s", reason
+            )
             return None
         except (RuntimeError, MemoryError) as reason:
             self._give_up(reason)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .arena import HostSegment
 from .codec import WORTH, Codec, kind_of
 from .discover import Layer
 from .encoded import EncodedTensor, is_encoded
+from .host_memory import HostSegment, new_memory
 from .layout import leaves, plan_tensor
 from .page_lock import registrar_for
 from .units import KIB, MIB
@@ -23,7 +23,9 @@ Made = list[tuple[torch.Tensor, EncodedTensor]]  # plain leaves of a layer with 
 
 WORKERS = 8  # of which each takes about 60 MiB of device memory
 CLASSES = (torch.Tensor, nn.Parameter, EncodedTensor)  # whose memory can be replaced
-MEASURABLE = 4 * MIB  # bytes of a layer at which rates are measured
+MEASURABLE = 4 * MIB  # bytes of a weight at which rates are measured
+SAMPLE = 64 * MIB  # bytes of it that they are measured with: more than a processor's cache holds
+IN_A_ROW = 4
 SMALL = 64 * KIB  # more than small weights take themselves, encoded
 
 
@@ -39,6 +41,11 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     if tuple(tensor.stride()) != spec.stride or tensor.is_conj() or tensor.is_neg():
         tensor = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=tensor.device).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def _most(nbytes: int) -> int:
+    """Bytes that so many take encoded at most, as far as that would be worth it."""
+    return nbytes + nbytes // 16 + SMALL
 
 
 def _has_bytes(tensor: torch.Tensor) -> bool:
@@ -64,13 +71,13 @@ class Workers:
         made, taken = [], 0
         for leaf, path in plain:
             data = flat_bytes(leaf.decode() if isinstance(leaf, EncodedTensor) else leaf)
-            room = self._room(len(data) + len(data) // 16 + SMALL)
+            room = self._room(_most(len(data)))
             chunks = self._codec.encode(data, kind_of(leaf.dtype), room)
             if chunks is None:
                 return []
             taken += chunks.encoded
             with torch.inference_mode(leaf.is_inference()):
-                encoded = torch.empty(chunks.encoded, dtype=torch.uint8)
+                encoded = new_memory(chunks.encoded)
                 ctypes.memmove(encoded.data_ptr(), room.data_ptr(), chunks.encoded)
                 stride = plan_tensor(leaf, 0).stride
                 name = self._codec.name
@@ -79,30 +86,37 @@ class Workers:
         return made if worth else []
 
     def measure(self, layer: Layer) -> Rates | None:
-        """The rates of this card and link, from encoding one layer; None where that is too small to say."""
-        if layer.nbytes < MEASURABLE:
-            return None
+        """The rates of this card and link, from encoding a part of a layer's largest weight, which takes little memory: a
+        limit may leave no more. None where that is too small to say, or would not be encoded."""
         leaf = max((leaf for slotted in layer.tensors for leaf in leaves(slotted.tensor)), key=lambda leaf: leaf.nbytes)
-        made = {id(plain): encoded for plain, encoded in self.encode(layer)}.get(id(leaf))
-        if made is None:
+        if leaf.nbytes < MEASURABLE or is_encoded(leaf) or type(leaf) not in CLASSES or not _has_bytes(leaf):
             return None
-        source = self._room(len(made.encoded))[: len(made.encoded)].copy_(made.encoded)
+        data = flat_bytes(leaf.decode() if isinstance(leaf, EncodedTensor) else leaf)[:SAMPLE]
+        room = self._room(_most(len(data)))
+        chunks = self._codec.encode(data, kind_of(leaf.dtype), room)
+        if chunks is None or chunks.encoded > WORTH * len(data):
+            return None
+        source = room[: chunks.encoded]
         there = torch.empty_like(source, device=self._device)
-        target = torch.empty(leaf.nbytes, dtype=torch.uint8, device=self._device)
-        batch, stream = self._codec.batch([(0, 0, made.chunks())]), torch.cuda.current_stream(self._device)
+        target = torch.empty(len(data), dtype=torch.uint8, device=self._device)
+        batch, stream = self._codec.batch([(0, 0, chunks)]), torch.cuda.current_stream(self._device)
 
         def taken(run: Callable[[], object]) -> float:
-            run()
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record(stream)
-            run()
-            end.record(stream)
-            end.synchronize()
-            return begin.elapsed_time(end) / 1000
+            """Seconds of one run among several in a row, the shortest of three times: what else happens only adds."""
+            times = []
+            for _ in range(4):
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record(stream)
+                for _ in range(IN_A_ROW):
+                    run()
+                end.record(stream)
+                end.synchronize()
+                times.append(begin.elapsed_time(end) / 1000 / IN_A_ROW)
+            return min(times[1:])
 
         copying = taken(lambda: there.copy_(source, non_blocking=True))
         decoding = taken(lambda: batch.decode(there, target, "here", stream))
-        return Rates(len(source) / copying, leaf.nbytes / decoding, len(source) / leaf.nbytes)
+        return Rates(len(source) / copying, len(data) / decoding, len(source) / len(data))
 
     def _room(self, nbytes: int) -> torch.Tensor:
         """Host memory of at least so many bytes, page-locked for a GPU: the thread's own, used again and again."""

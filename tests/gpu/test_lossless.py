@@ -7,7 +7,10 @@ import torch
 from intelligent_vram.cli.wan import sample_inputs
 from intelligent_vram.vram import Patches, SwapConfig, attach
 from intelligent_vram.vram.adapt import SETTLED
+from intelligent_vram.vram.codec import codec_for
+from intelligent_vram.vram.discover import take_apart
 from intelligent_vram.vram.encoded import is_encoded
+from intelligent_vram.vram.encoding import Workers
 from intelligent_vram.vram.units import GIB, MIB
 
 from .conftest import AS_SAMPLERS, CONFIG, MODES, TOKENS, WITH_CODEC, model_of, outside
@@ -70,6 +73,20 @@ def test_auto_encodes_where_forwards_wait_for_copies_and_not_where_they_compute(
     assert not swap.plan.encoded_bytes
     assert all(torch.equal(output, outputs[0]) for output in outputs)
     swap.detach()
+
+
+def test_finding_out_what_encoding_would_save_takes_little_device_memory(model):
+    device = torch.device("cuda", torch.cuda.current_device())
+    workers = Workers(codec_for(device), device)
+    largest = max(take_apart(model).inside, key=lambda layer: layer.nbytes)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    rates = workers.measure(largest)
+    workers.release()
+    assert torch.cuda.max_memory_reserved() - before <= 192 * MIB  # a weight of this model has 135 MiB
+    assert 0.6 < rates.kept < 0.7
+    assert rates.decoding > rates.link > 1e9
 
 
 def test_forwards_that_are_not_waited_for_and_other_streams_come_out_right(model, inputs, expected):
