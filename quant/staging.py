@@ -25,7 +25,7 @@ from .source import Located
 
 PIECE = 16 * MIB  # that is read at once
 AHEAD = 16  # pieces
-READERS = 4  # threads; one fills new memory at 1.9 GB/s, four at 5.4
+READERS = 4  # threads: one alone fills memory slower than fast disks read
 WRITERS = 4
 WAITING = 3  # tensors on their way out
 

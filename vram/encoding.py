@@ -24,8 +24,8 @@ Made = list[tuple[torch.Tensor, EncodedTensor]]  # plain leaves of a layer with 
 WORKERS = 8  # of which each takes about 60 MiB of device memory
 CLASSES = (torch.Tensor, nn.Parameter, EncodedTensor)  # whose memory can be replaced
 MEASURABLE = 4 * MIB  # bytes of a weight at which rates are measured
-SAMPLE = 64 * MIB  # bytes of it that they are measured with: more than a processor's cache holds
-IN_A_ROW = 4
+SAMPLE = 64 * MIB  # bytes of it that they are measured with: fits beside a tight plan, takes long enough to be timed
+IN_A_ROW, TIMES = 4, 3  # runs that are timed together, and how often
 SMALL = 64 * KIB  # more than small weights take themselves, encoded
 
 
@@ -44,7 +44,7 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _most(nbytes: int) -> int:
-    """Bytes that so many take encoded at most, as far as that would be worth it."""
+    """Room for the encoded form of so many bytes; what needs more is not worth encoding."""
     return nbytes + nbytes // 16 + SMALL
 
 
@@ -102,9 +102,10 @@ class Workers:
         batch, stream = self._codec.batch([(0, 0, chunks)]), torch.cuda.current_stream(self._device)
 
         def taken(run: Callable[[], object]) -> float:
-            """Seconds of one run among several in a row, the shortest of three times: what else happens only adds."""
+            """Seconds of one run among several in a row, the shortest of some times after a first one: what else happens only
+            adds."""
             times = []
-            for _ in range(4):
+            for _ in range(1 + TIMES):
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 begin.record(stream)
                 for _ in range(IN_A_ROW):

@@ -1,16 +1,16 @@
 """New host memory: of exact size, quick to fill, and page-locked by the driver where a GPU reads it.
 
-Most of what filling new memory costs is the system's work at the first touch of each page. A private mapping is given huge
-pages of 2 MiB where Linux is asked for them; a shared one is not, because for those the setting is another, and is "never"
-unless an administrator changed it (Linux, Documentation/admin-guide/mm/transhuge.rst). See benchmarks/README.md.
+Most of what filling new memory costs is the system's work at the first touch of each page. Linux gives a private mapping huge
+pages of 2 MiB, at least where it is asked for them; a shared one it does not, because for those the setting is another, and
+is "never" unless an administrator changed it (Linux, Documentation/admin-guide/mm/transhuge.rst). See benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import logging
 import mmap
+import os
 import weakref
-from functools import partial
 
 import torch
 
@@ -20,6 +20,7 @@ from .units import MIB, format_bytes
 log = logging.getLogger(__name__)
 
 HUGE_PAGE = 2 * MIB  # x86-64, and ARM with pages of 4 KiB
+_inherited: list[mmap.mmap] = []  # in a forked process: page-locked memory of its parent
 
 
 class NoHostMemory(MemoryError):
@@ -36,9 +37,9 @@ def _advise(mapping: mmap.mmap, advice: str, begin: int, nbytes: int) -> None:
 
 
 def _map(nbytes: int) -> tuple[mmap.mmap, int]:
-    """A mapping that holds ``nbytes`` from the offset that is returned, at a huge page if there are as many. Only whole huge
-    pages are asked for, so that no more memory is used. Raises NoHostMemory."""
-    huge = nbytes // HUGE_PAGE * HUGE_PAGE
+    """A mapping that holds ``nbytes`` from the offset that is returned; where huge pages can be asked for, and it fills some, from
+    the first of them. They are asked for where they are filled whole. Raises NoHostMemory."""
+    huge = nbytes // HUGE_PAGE * HUGE_PAGE if hasattr(mmap, "MADV_HUGEPAGE") else 0
     size = nbytes + HUGE_PAGE if huge else max(nbytes, mmap.PAGESIZE)
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
     try:
@@ -61,8 +62,9 @@ def _view(mapping: mmap.mmap, begin: int, nbytes: int) -> torch.Tensor:
 
 
 def new_memory(nbytes: int) -> torch.Tensor:
-    """uint8 [nbytes] that is filled faster than what ``torch.empty`` gives, where it is large. Raises NoHostMemory."""
-    if nbytes < HUGE_PAGE:
+    """uint8 [nbytes]: as ``torch.empty``, but in huge pages where they can be asked for, and so filled faster. Raises
+    NoHostMemory, or torch's RuntimeError."""
+    if nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(nbytes, dtype=torch.uint8)
     return _view(*_map(nbytes), nbytes)
 
@@ -70,8 +72,9 @@ def new_memory(nbytes: int) -> torch.Tensor:
 class HostSegment:
     """``nbytes`` of host memory as ``buffer`` (uint8, one dimension, page-aligned), which can be page-locked.
 
-    The memory lives as long as the segment or any tensor that views ``buffer``. While it is page-locked, a forked process
-    does not get it, as it does not get what the driver allocates: Linux would copy all of it at once. Raises NoHostMemory.
+    The memory lives as long as the segment or any tensor that views ``buffer``. A process that is forked while it is page-locked
+    does not get it, as it does not get what the driver allocates, because Linux would copy all of it at once: the child may not
+    read it, and is ended (SIGSEGV) if it does. Raises NoHostMemory.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -101,9 +104,9 @@ class HostSegment:
         address = self.buffer.data_ptr()
         self.refusal = registrar.register(address, self.nbytes)
         if self.refusal is None:
-            tell = partial(_advise, self._mapping, begin=self._begin, nbytes=self.nbytes)
-            tell("MADV_DONTFORK")
-            self._finalizer = weakref.finalize(self, _unregister, registrar, address, tell)
+            place = (self._mapping, self._begin, self.nbytes)
+            self._finalizer = weakref.finalize(self, _unregister, registrar, address, os.getpid(), *place)
+            _advise(self._mapping, "MADV_DONTFORK", self._begin, self.nbytes)
         else:
             log.debug("the driver refused to page-lock %s: %s", format_bytes(self.nbytes), self.refusal)
         return self.page_locked
@@ -114,10 +117,16 @@ class HostSegment:
         return self._finalizer() if self._finalizer is not None else None
 
 
-def _unregister(registrar: Registrar, address: int, tell: partial[None]) -> str | None:
+def _unregister(
+    registrar: Registrar, address: int, owner: int, mapping: mmap.mmap, begin: int, nbytes: int
+) -> str | None:
+    """Undo ``HostSegment.page_lock`` in the process that did it."""
+    if os.getpid() != owner:
+        _inherited.append(mapping)  # unmapped, it would take along what lies there in this process
+        return None
     reason = registrar.unregister(address)
     if reason is None:
-        tell("MADV_DOFORK")
+        _advise(mapping, "MADV_DOFORK", begin, nbytes)
     else:
         log.debug("page-locked memory at %#x could not be unregistered (%s)", address, reason)
     return reason

@@ -1,7 +1,11 @@
 """New host memory: exact, private, in huge pages, and not copied to forked processes while it is page-locked."""
 
+import gc
+import mmap
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,9 @@ from intelligent_vram.vram.host_memory import HUGE_PAGE, HostSegment, new_memory
 
 from .page_locking import Registrar
 
+ROOT = Path(__file__).parents[2]
 SMAPS = Path("/proc/self/smaps")
+HUGE = hasattr(mmap, "MADV_HUGEPAGE")
 
 
 def flags_at(address):
@@ -40,7 +46,9 @@ def test_memory_is_of_exact_size_and_can_be_written_through_either_view(nbytes):
     plain.fill_(7)
     with torch.inference_mode():
         assert bool((inference == 7).all())
-    assert nbytes < HUGE_PAGE or plain.data_ptr() % HUGE_PAGE == 0
+        inference.fill_(9)
+    assert bool((plain == 9).all())
+    assert plain.data_ptr() % (HUGE_PAGE if HUGE and nbytes >= HUGE_PAGE else mmap.PAGESIZE) == 0
     assert new_memory(nbytes).untyped_storage().nbytes() == nbytes
 
 
@@ -67,12 +75,59 @@ def test_huge_pages_are_asked_for_what_fills_them(make):
 
 
 @needs_flags
-def test_page_locked_memory_is_not_copied_to_forked_processes():
-    segment, registrar = HostSegment(2 * HUGE_PAGE + 5000), Registrar()
+def test_memory_is_marked_as_not_for_forked_processes_while_it_is_page_locked():
+    segment, registrar = HostSegment(2 * HUGE_PAGE + 5000), Registrar(refuse=(1,))
     places = [segment.buffer.data_ptr(), segment.buffer.data_ptr() + segment.nbytes - 1]
+    assert not segment.page_lock(registrar)  # refused
     for _ in range(2):
         assert not any("dc" in flags_at(place) for place in places)
         assert segment.page_lock(registrar)
         assert all("dc" in flags_at(place) for place in places)
         assert segment.release() is None
+    assert segment.page_lock(registrar)
+    view = segment.buffer[5:]
+    del segment
+    gc.collect()
+    assert registrar.ranges == {}
     assert not any("dc" in flags_at(place) for place in places)
+    view.fill_(1)
+
+
+FORK = """
+import gc, mmap, os, torch
+
+torch.set_num_threads(1)  # forked processes have no threads of torch's
+from intelligent_vram.vram.host_memory import HostSegment
+from tests.engine.page_locking import Registrar
+
+page_locked, free, registrar = HostSegment(1 << 26), HostSegment(1 << 26), Registrar()
+page_locked.buffer.fill_(5), free.buffer.fill_(6)
+assert page_locked.page_lock(registrar)
+address = page_locked.buffer.data_ptr()
+child = os.fork()
+if not child:
+    with open("/proc/self/maps") as maps:
+        spans = [[int(part, 16) for part in line.split()[0].split("-")] for line in maps]
+    assert not any(begin <= address < end for begin, end in spans)
+    others = [mmap.mmap(-1, 1 << 26) for _ in range(4)]  # one may lie there now
+    for number, other in enumerate(others):
+        other[:] = bytes([number]) * len(other)
+    del page_locked
+    gc.collect()
+    assert [other[-1] for other in others] == [0, 1, 2, 3]
+    assert len(registrar.ranges) == 1
+    os._exit(int(free.buffer[-1]))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 6
+assert page_locked.release() is None
+child = os.fork()
+if not child:
+    os._exit(int(page_locked.buffer[-1]))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is kept from forked processes on Linux")
+def test_a_forked_process_does_not_get_page_locked_memory_and_lives_on_without_it():
+    command = [sys.executable, "-W", "ignore", "-c", FORK]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
