@@ -9,12 +9,12 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 
 from .arena import Arena, FillJob, copy_host, lies_as
-from .coding import Coding, UnitCoding, copy_encoded, encode_part, parts_of, unit_coding
+from .coding import Coding, UnitCoding, copy_encoded, encode_part, unit_coding
 from .discover import Layer
 from .encoded import is_encoded
 from .host_budget import HostBudget
 from .host_memory import HostSegment
-from .layout import Entry, flatten, leaves, plain_tensors
+from .layout import Entry, flatten, leaves
 from .lending import Lender, Owner
 from .mapped_files import MappedFile, files_behind
 from .offload import OffloadDevice
@@ -185,7 +185,7 @@ class PackedModel:
                 for layer in segment.layers:
                     for packed in layer.entries:
                         if packed.signature is None:
-                            self._adopt(packed, host, layer.start)
+                            packed.move_into(host, layer.start)
                 self._note_patched(segment)
             done += segment.nbytes
             if progress is not None:
@@ -261,14 +261,6 @@ class PackedModel:
     def _patched(packed: PackedEntry, patches: Patches) -> list[torch.Tensor]:
         return flatten(patched(packed.entry.path, packed.entry.host, patches))[0]
 
-    @staticmethod
-    def _adopt(packed: PackedEntry, host: HostSegment, start: int) -> None:
-        """Let the module's own tensor live in the packed copy, and so release the memory it had."""
-        for spec, inner in zip(packed.entry.specs, plain_tensors(packed.entry.host), strict=True):
-            with torch.inference_mode(inner.is_inference()):
-                inner.data = spec.shifted(-start).view(host.buffer_for(inner))
-        packed.inner = parts_of(packed.entry.host)
-
     def _repack(self, patches: Patches) -> int:
         """Bring packed segments up to date with ``patches``."""
         return sum(
@@ -287,17 +279,14 @@ class PackedModel:
         parts = packed.inner if signature is None else self._patched(packed, patches)
         if packed.signature is None and segment.host is not None:
             # the original lives in the packed copy, which is about to be overwritten
-            for inner in plain_tensors(packed.entry.host):
-                with torch.inference_mode(inner.is_inference()):
-                    inner.data = inner.data.clone(memory_format=torch.preserve_format)
-            packed.inner = parts_of(packed.entry.host)
+            packed.leave()
         self.torn, packed.signature = True, _STALE  # should copying break off
         for buffer in (segment.host.buffer if segment.host is not None else None, segment.away):
             if buffer is not None:
                 self._write(packed, parts, buffer[layer.start : layer.start + layer.nbytes], signature)
         packed.signature = signature
         if signature is None and segment.host is not None:
-            self._adopt(packed, segment.host, layer.start)
+            packed.move_into(segment.host, layer.start)
         return sum(spec.nbytes for spec in specs)
 
     def renew(self, layers: Sequence[Layer]) -> bool:
@@ -315,9 +304,9 @@ class PackedModel:
         for mine, theirs in zip(self.layers, fresh, strict=True):
             host = self._segments[mine.segment].host
             for number, (old, new) in enumerate(zip(mine.entries, theirs.entries, strict=True)):
-                in_place = host is None or old.signature is not None or self._lives_in(new, host.buffer, mine.start)
+                in_place = host is None or old.signature is not None or new.lives_in(host.buffer, mine.start)
                 if old.entry.host is not new.entry.host or not in_place:
-                    if host is not None and not self._lives_in(new, host.buffer, mine.start):
+                    if host is not None and not new.lives_in(host.buffer, mine.start):
                         new.signature = _STALE
                     stale.append((mine, number, new))
         again = [entry for _, _, entry in stale if entry.signature is _STALE]
@@ -337,16 +326,6 @@ class PackedModel:
         return any(
             segment.host is not None and 0 <= begin - segment.host.buffer.data_ptr() < segment.nbytes
             for segment in self._segments
-        )
-
-    @staticmethod
-    def _lives_in(packed: PackedEntry, buffer: torch.Tensor, start: int) -> bool:
-        return all(
-            inner.device.type == "cpu"
-            and inner.dtype == spec.dtype
-            and tuple(inner.shape) == spec.shape
-            and (not spec.nbytes or inner.data_ptr() == buffer.data_ptr() + start + spec.offset)
-            for spec, inner in zip(packed.entry.specs, plain_tensors(packed.entry.host), strict=True)
         )
 
     def page_lock(self) -> None:

@@ -11,7 +11,7 @@ from .coding import parts_of, plan_encoded
 from .discover import Layer, Slotted
 from .encoded import is_encoded
 from .host_memory import HostSegment
-from .layout import CannotPack, Entry, align, flatten, leaves, plan_tensor
+from .layout import CannotPack, Entry, align, flatten, leaves, plain_tensors, plan_tensor
 from .plan import arrange
 
 
@@ -22,6 +22,30 @@ class PackedEntry:
     entry: Entry
     inner: list[torch.Tensor]
     signature: Hashable | None = None
+
+    def move_into(self, host: HostSegment, start: int) -> None:
+        """Let the module's own tensor live in the packed copy, and so release the memory it had."""
+        for spec, inner in zip(self.entry.specs, plain_tensors(self.entry.host), strict=True):
+            with torch.inference_mode(inner.is_inference()):
+                inner.data = spec.shifted(-start).view(host.buffer_for(inner))
+        self.inner = parts_of(self.entry.host)
+
+    def leave(self) -> None:
+        """Let the module's own tensor have memory of its own again, with the same contents."""
+        for inner in plain_tensors(self.entry.host):
+            with torch.inference_mode(inner.is_inference()):
+                inner.data = inner.data.clone(memory_format=torch.preserve_format)
+        self.inner = parts_of(self.entry.host)
+
+    def lives_in(self, buffer: torch.Tensor, start: int) -> bool:
+        """Whether the module's own tensor lies in the packed copy."""
+        return all(
+            inner.device.type == "cpu"
+            and inner.dtype == spec.dtype
+            and tuple(inner.shape) == spec.shape
+            and (not spec.nbytes or inner.data_ptr() == buffer.data_ptr() + start + spec.offset)
+            for spec, inner in zip(self.entry.specs, plain_tensors(self.entry.host), strict=True)
+        )
 
 
 @dataclass
