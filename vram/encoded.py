@@ -107,8 +107,7 @@ class EncodedTensor(torch.Tensor):
         if plain is not None:
             return plain if device is None else plain.to(device)
         nbytes, device = self.numel() * self.element_size(), device or self.encoded.device
-        on_host = device.type == "cpu"
-        target = new_memory(nbytes) if on_host else torch.empty(nbytes, dtype=torch.uint8, device=device)
+        target = new_memory(nbytes) if device.type == "cpu" else torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.verify()
         codec_named(self.codec).decode(self.encoded, self.chunks(), target, self.path)
         return target.view(self.dtype).as_strided(self.shape, self.stride())

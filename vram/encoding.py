@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .codec import WORTH, Codec, kind_of
+from .codec import WORTH, Chunks, Codec, kind_of
 from .discover import Layer
 from .encoded import EncodedTensor, is_encoded
 from .host_memory import HostSegment, new_memory
@@ -48,8 +48,8 @@ def _most(nbytes: int) -> int:
     return nbytes + nbytes // 16 + SMALL
 
 
-def _has_bytes(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta
+def _can_be_encoded(leaf: torch.Tensor) -> bool:
+    return type(leaf) in CLASSES and leaf.layout is torch.strided and not leaf.is_meta
 
 
 class Workers:
@@ -66,15 +66,14 @@ class Workers:
         of its weights are encoded already, all are: what lies between them in a slot would have to be copied by itself."""
         everything = [(leaf, slotted.path) for slotted in layer.tensors for leaf in leaves(slotted.tensor)]
         plain = [(leaf, path) for leaf, path in everything if not is_encoded(leaf)]
-        if any(type(leaf) not in CLASSES or not _has_bytes(leaf) for leaf, _ in plain):
+        if not all(_can_be_encoded(leaf) for leaf, _ in plain):
             return []
         made, taken = [], 0
         for leaf, path in plain:
-            data = flat_bytes(leaf.decode() if isinstance(leaf, EncodedTensor) else leaf)
-            room = self._room(_most(len(data)))
-            chunks = self._codec.encode(data, kind_of(leaf.dtype), room)
-            if chunks is None:
+            found = self._encode(leaf)
+            if found is None:
                 return []
+            chunks, room = found
             taken += chunks.encoded
             with torch.inference_mode(leaf.is_inference()):
                 encoded = new_memory(chunks.encoded)
@@ -89,16 +88,14 @@ class Workers:
         """The rates of this card and link, from encoding a part of a layer's largest weight, which takes little memory: a
         limit may leave no more. None where that is too small to say, or would not be encoded."""
         leaf = max((leaf for slotted in layer.tensors for leaf in leaves(slotted.tensor)), key=lambda leaf: leaf.nbytes)
-        if leaf.nbytes < MEASURABLE or is_encoded(leaf) or type(leaf) not in CLASSES or not _has_bytes(leaf):
+        if leaf.nbytes < MEASURABLE or is_encoded(leaf) or not _can_be_encoded(leaf):
             return None
-        data = flat_bytes(leaf.decode() if isinstance(leaf, EncodedTensor) else leaf)[:SAMPLE]
-        room = self._room(_most(len(data)))
-        chunks = self._codec.encode(data, kind_of(leaf.dtype), room)
-        if chunks is None or chunks.encoded > WORTH * len(data):
+        found = self._encode(leaf, SAMPLE)
+        if found is None or found[0].encoded > WORTH * found[0].nbytes:
             return None
-        source = room[: chunks.encoded]
+        chunks, source = found
         there = torch.empty_like(source, device=self._device)
-        target = torch.empty(len(data), dtype=torch.uint8, device=self._device)
+        target = torch.empty(chunks.nbytes, dtype=torch.uint8, device=self._device)
         batch, stream = self._codec.batch([(0, 0, chunks)]), torch.cuda.current_stream(self._device)
 
         def taken(run: Callable[[], object]) -> float:
@@ -117,7 +114,15 @@ class Workers:
 
         copying = taken(lambda: there.copy_(source, non_blocking=True))
         decoding = taken(lambda: batch.decode(there, target, "here", stream))
-        return Rates(len(source) / copying, len(data) / decoding, len(source) / len(data))
+        return Rates(chunks.encoded / copying, chunks.nbytes / decoding, chunks.encoded / chunks.nbytes)
+
+    def _encode(self, leaf: torch.Tensor, most: int | None = None) -> tuple[Chunks, torch.Tensor] | None:
+        """The chunks of a plain leaf, or of its first ``most`` bytes, and their encoded bytes, in memory of the thread's own
+        until it encodes again. None where they need more than is worth it."""
+        data = flat_bytes(leaf.decode() if isinstance(leaf, EncodedTensor) else leaf)[:most]
+        room = self._room(_most(len(data)))
+        chunks = self._codec.encode(data, kind_of(leaf.dtype), room)
+        return None if chunks is None else (chunks, room[: chunks.encoded])
 
     def _room(self, nbytes: int) -> torch.Tensor:
         """Host memory of at least so many bytes, page-locked for a GPU: the thread's own, used again and again."""

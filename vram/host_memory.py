@@ -36,10 +36,15 @@ def _advise(mapping: mmap.mmap, advice: str, begin: int, nbytes: int) -> None:
             log.debug("the system does not take %s: %s", advice, error)
 
 
+def _in_huge_pages(nbytes: int) -> int:
+    """How many of so many bytes fill huge pages, where these can be asked for."""
+    return nbytes // HUGE_PAGE * HUGE_PAGE if hasattr(mmap, "MADV_HUGEPAGE") else 0
+
+
 def _map(nbytes: int) -> tuple[mmap.mmap, int]:
-    """A mapping that holds ``nbytes`` from the offset that is returned; where huge pages can be asked for, and it fills some, from
-    the first of them. They are asked for where they are filled whole. Raises NoHostMemory."""
-    huge = nbytes // HUGE_PAGE * HUGE_PAGE if hasattr(mmap, "MADV_HUGEPAGE") else 0
+    """A mapping that holds ``nbytes`` from the offset that is returned, which is that of a huge page where it fills some: these are
+    asked for. Raises NoHostMemory."""
+    huge = _in_huge_pages(nbytes)
     size = nbytes + HUGE_PAGE if huge else max(nbytes, mmap.PAGESIZE)
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
     try:
@@ -64,9 +69,7 @@ def _view(mapping: mmap.mmap, begin: int, nbytes: int) -> torch.Tensor:
 def new_memory(nbytes: int) -> torch.Tensor:
     """uint8 [nbytes]: as ``torch.empty``, but in huge pages where they can be asked for, and so filled faster. Raises
     NoHostMemory, or torch's RuntimeError."""
-    if nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(nbytes, dtype=torch.uint8)
-    return _view(*_map(nbytes), nbytes)
+    return _view(*_map(nbytes), nbytes) if _in_huge_pages(nbytes) else torch.empty(nbytes, dtype=torch.uint8)
 
 
 class HostSegment:
