@@ -59,7 +59,7 @@ def measure(nbytes: int, dtype: torch.dtype, chunk: int, link: float) -> str:
         chunks = codec.encode(host, kind_of(dtype), room, chunk)
         times.append(time.perf_counter() - start)
     source, target = room[: chunks.encoded].cuda(), torch.zeros_like(plain)
-    batch, stream = codec.batch([(0, 0, chunks)]), torch.cuda.current_stream()
+    (batch,), stream = codec.batches([[(0, 0, chunks)]]), torch.cuda.current_stream()
     taken = seconds(lambda: batch.decode(source, target, "here", stream))
     calls = []
     for _ in range(50):

@@ -110,19 +110,25 @@ class Arena:
             older_than=older_than,
         )
 
-    def fill(self, jobs: Sequence[FillJob], when_done: Callable[[int, HostSegment | None], None]) -> None:
-        """Make, fill and page-lock a segment per job, as many at a time as there are threads, and free RAM allows: separate
-        mappings are filled in parallel faster than parts of one. ``when_done(index, segment)`` is called on the calling thread as soon
-        as a segment is ready, so that the memory that it replaces can be released; ``segment`` is None for an optional one
-        that there was no memory for. Raises the first error of any copy; what was not handed over by then is released.
+    def fill(
+        self,
+        jobs: Sequence[FillJob],
+        when_done: Callable[[int, HostSegment | None], None],
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
+        """Make, fill and page-lock a segment per job, as many at a time as there are threads: separate mappings are filled in
+        parallel faster than parts of one. ``when_done(index, segment)`` is called on the calling thread as soon as a segment is
+        ready, so that the memory that it replaces can be released; threads are ahead of it as far as free RAM allows.
+        ``segment`` is None for an optional one that there was no memory for. ``meanwhile`` is called once, on the calling
+        thread, when the others have begun. Raises the first error of any copy; what was not handed over by then is released.
         """
         waiting = list(enumerate(jobs))
         running: dict[Future[HostSegment | None], int] = {}
         room = self.shared.ram()[1] // AT_ONCE
         with ThreadPoolExecutor(self.threads, thread_name_prefix="intelligent-vram-fill") as pool:
             try:
-                while waiting or running:
-                    while waiting and len(running) < self.threads:
+                while waiting or running or meanwhile is not None:
+                    while waiting:
                         index, job = waiting[0]
                         if running and job.nbytes + sum(jobs[number].nbytes for number in running.values()) > room:
                             break
@@ -132,12 +138,19 @@ class Arena:
                         else:
                             running[pool.submit(self._make, job)] = index
                             waiting.pop(0)
+                    if meanwhile is not None:
+                        work, meanwhile = meanwhile, None
+                        work()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         index = running.pop(future)
                         when_done(index, future.result())
             except BaseException:
                 for future in running:
-                    if future.exception() is None and future.result() is not None:
+                    future.cancel()
+                for future, index in running.items():
+                    if future.cancelled():
+                        self._unclaim(jobs[index])
+                    elif future.exception() is None and future.result() is not None:
                         self.drop(future.result())
                 for _, job in waiting:
                     self._unclaim(job)

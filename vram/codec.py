@@ -11,6 +11,7 @@ benchmarks/README.md for what is left and how fast it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Protocol
@@ -117,6 +118,10 @@ def read_chunks(encoded: torch.Tensor, nbytes: int, chunk: int, name: str) -> Ch
     return chunks
 
 
+# an encoded tensor: its byte offset in a buffer of encoded ones, its byte offset in a buffer of plain ones, and its chunks
+Part = tuple[int, int, Chunks]
+
+
 class Codec(Protocol):
     """Encodes and decodes on one device. Safe to use from several threads."""
 
@@ -132,9 +137,8 @@ class Codec(Protocol):
         it. Raises Corrupt with ``name``."""
         ...
 
-    def batch(self, parts: list[tuple[int, int, Chunks]]) -> Batch:
-        """Encoded tensors that are decoded together: for each its byte offset in a buffer of encoded ones, its byte offset
-        in a buffer of plain ones, and its chunks."""
+    def batches(self, units: Sequence[Sequence[Part]]) -> list[Batch]:
+        """One for each of ``units``: encoded tensors that are decoded together."""
         ...
 
 

@@ -15,12 +15,13 @@ import ctypes
 import importlib
 import logging
 import threading
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy
 import torch
 
-from .codec import ALIGNMENT, BYTES, CHUNK, E4M3, FLOAT16, Chunks, Corrupt, NoCodec, count_of, padded, table_bytes
+from .codec import ALIGNMENT, BYTES, CHUNK, E4M3, FLOAT16, Chunks, Corrupt, NoCodec, Part, count_of, padded, table_bytes
 from .host_memory import HostSegment
 from .page_lock import registrar_for
 from .units import MIB
@@ -117,11 +118,10 @@ def _size(function: object, *arguments: object) -> int:
     return size.value
 
 
-def _scratch(lib: ctypes.CDLL, count: int, chunk: int, total: int, device: torch.device) -> torch.Tensor:
-    """Memory that decoding takes beside its source and target; nvCOMP 6.0 needs none."""
+def _scratch_bytes(lib: ctypes.CDLL, count: int, chunk: int, total: int, device: torch.device) -> int:
+    """Bytes that decoding up to so many chunks takes beside its source and target; nvCOMP 6.0 needs none."""
     stream = torch.cuda.current_stream(device).cuda_stream
-    size = _size(lib.nvcompBatchedANSDecompressGetTempSize, count, chunk, _DECODING, None, total, stream)
-    return _uint8(size, device)
+    return _size(lib.nvcompBatchedANSDecompressGetTempSize, count, chunk, _DECODING, None, total, stream)
 
 
 def _uint8(nbytes: int, device: torch.device) -> torch.Tensor:
@@ -200,13 +200,13 @@ class NvcompCodec:
                 start, stop = first * chunks.chunk, min(chunks.nbytes, (last + 1) * chunks.chunk)
                 source = encoded[begin:end].to(self.device)
                 out = target[start:stop] if target.is_cuda else _uint8(stop - start, self.device)
-                part = NvcompBatch(
-                    self,
+                places = (
                     chunks.offsets[first : last + 1] - begin,
                     sizes,
                     chunks.plain_offsets[first : last + 1] - start,
                     chunks.plain_sizes[first : last + 1],
                 )
+                (part,) = self._upload([numpy.stack(places)])
                 part.decode(source, out, None, stream)
                 damaged = part.damaged()
                 if damaged is not None:
@@ -215,17 +215,29 @@ class NvcompCodec:
                     bounce = self._bounce()[: stop - start].copy_(out)
                     ctypes.memmove(target.data_ptr() + start, bounce.data_ptr(), stop - start)
 
-    def batch(self, parts: list[tuple[int, int, Chunks]]) -> NvcompBatch:
-        def joined(arrays: list[numpy.ndarray]) -> numpy.ndarray:
-            return numpy.concatenate(arrays) if arrays else numpy.zeros(0, numpy.int64)
+    def batches(self, units: Sequence[Sequence[Part]]) -> list[NvcompBatch]:
+        none = numpy.zeros((4, 0), numpy.int64)
+        return self._upload([numpy.concatenate([none, *map(_places, parts)], axis=1) for parts in units])
 
-        return NvcompBatch(
-            self,
-            joined([at + chunks.offsets for at, _, chunks in parts]),
-            joined([chunks.sizes for _, _, chunks in parts]),
-            joined([to + chunks.plain_offsets for _, to, chunks in parts]),
-            joined([chunks.plain_sizes for _, _, chunks in parts]),
-        )
+    def _upload(self, places: Sequence[numpy.ndarray]) -> list[NvcompBatch]:
+        """A batch for each of ``places``, see ``_places``: by one copy for all of them, because each is waited for."""
+        counts = [part.shape[1] for part in places]
+        there = torch.from_numpy(numpy.concatenate(places, axis=1)).to(self.device)
+        found = torch.zeros(sum(counts), dtype=torch.int64, device=self.device)
+        statuses = torch.zeros(sum(counts), dtype=torch.int32, device=self.device)
+        torch.cuda.current_stream(self.device).synchronize()  # another stream reads what was written here
+        largest = max((int(part[3].max(initial=0)) for part in places), default=0)
+        total = max((int(part[3].sum()) for part in places), default=0)
+        scratch = _scratch_bytes(self.library, max(counts), largest, total, self.device) if sum(counts) else 0
+        rows = zip(there.split(counts, dim=1), found.split(counts), statuses.split(counts), strict=True)
+        return [NvcompBatch(self, *tensors, scratch) for tensors in rows]
+
+
+def _places(part: Part) -> numpy.ndarray:
+    """int64 [4, count]: where each chunk lies in the buffer of encoded ones, its encoded size, where it goes in the buffer of plain
+    ones, its plain size."""
+    at, to, chunks = part
+    return numpy.stack((at + chunks.offsets, chunks.sizes, to + chunks.plain_offsets, chunks.plain_sizes))
 
 
 class _Piece:
@@ -238,7 +250,8 @@ class _Piece:
         row = padded(_size(lib.nvcompBatchedANSCompressGetMaxOutputChunkSize, chunk, self._options, None))
         stream = torch.cuda.current_stream(device).cuda_stream
         room = _size(lib.nvcompBatchedANSCompressGetTempSize, count, chunk, self._options, None, count * chunk, stream)
-        self._temp, self._temp_back = _uint8(room, device), _scratch(lib, count, chunk, count * chunk, device)
+        back = _scratch_bytes(lib, count, chunk, count * chunk, device)
+        self._temp, self._temp_back = _uint8(room, device), _uint8(back, device)
         self._plain, self._again = _uint8(count * chunk, device), _uint8(count * chunk, device)
         self._rows = _uint8(count * row, device).view(count, row)
         numbers = torch.arange(count, device=device)
@@ -314,26 +327,17 @@ def _decompress(
 
 
 class NvcompBatch:
-    """See ``Batch``. Each argument is int64 [count]: where a chunk lies in the buffer of encoded ones, its encoded size, where
-    it goes in the buffer of plain ones, its plain size."""
+    """See ``Batch``. On the device: ``places`` as ``_places`` says, and room for what decoding finds, ``found`` int64 [count] and
+    ``statuses`` int32 [count]. It takes ``scratch`` bytes."""
 
     def __init__(
-        self,
-        codec: NvcompCodec,
-        offsets: numpy.ndarray,
-        sizes: numpy.ndarray,
-        plain_offsets: numpy.ndarray,
-        plain_sizes: numpy.ndarray,
+        self, codec: NvcompCodec, places: torch.Tensor, found: torch.Tensor, statuses: torch.Tensor, scratch: int
     ) -> None:
-        self._library, self._device, self.count = codec.library, codec.device, len(sizes)
-        table = numpy.stack((offsets, sizes, plain_offsets, plain_sizes))
-        self._offsets, self._sizes, self._plain_offsets, self._lengths = torch.from_numpy(table).to(codec.device)
-        self._found = torch.zeros(self.count, dtype=torch.int64, device=codec.device)
-        self._statuses = torch.zeros(self.count, dtype=torch.int32, device=codec.device)
-        largest, total = int(plain_sizes.max(initial=0)), int(plain_sizes.sum())
-        self._temp = _scratch(codec.library, self.count, largest, total, codec.device) if self.count else None
+        self._library, self._device, self.count = codec.library, codec.device, len(statuses)
+        self._offsets, self._sizes, self._plain_offsets, self._lengths = places
+        self._found, self._statuses = found, statuses
+        self._temp = _uint8(scratch, codec.device)
         self._addresses: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
-        torch.cuda.current_stream(codec.device).synchronize()  # another stream reads what was written here
 
     def decode(self, encoded: torch.Tensor, target: torch.Tensor, key: object, stream: torch.cuda.Stream) -> None:
         if not self.count:

@@ -6,11 +6,12 @@ Slow beside a GPU; with it everything else about encoded weights works, and is t
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import numpy
 import torch
 
-from .codec import CHUNK, FLOAT16, Chunks, Corrupt, count_of, padded, table_bytes
+from .codec import CHUNK, FLOAT16, Chunks, Corrupt, Part, count_of, padded, table_bytes
 
 NAME = "zlib-planes"
 LEVEL = 1
@@ -87,14 +88,14 @@ class ZlibCodec:
                 raise Corrupt(f"{name}: chunk {number} of {chunks.count} is damaged ({error})") from None
         target.copy_(torch.from_numpy(result))
 
-    def batch(self, parts: list[tuple[int, int, Chunks]]) -> ZlibBatch:
-        return ZlibBatch(self, parts)
+    def batches(self, units: Sequence[Sequence[Part]]) -> list[ZlibBatch]:
+        return [ZlibBatch(self, parts) for parts in units]
 
 
 class ZlibBatch:
     """See ``Batch``. A CPU decodes at once."""
 
-    def __init__(self, codec: ZlibCodec, parts: list[tuple[int, int, Chunks]]) -> None:
+    def __init__(self, codec: ZlibCodec, parts: Sequence[Part]) -> None:
         self._codec = codec
         self._parts = parts
 

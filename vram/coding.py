@@ -1,4 +1,4 @@
-"""Weights of a model's layers encoded before they are packed, and what a unit of them takes to be decoded.
+"""Weights of a model's layers encoded before they are packed, and decoded again.
 
 A layer is encoded as a whole, its biases and scales too, or not at all: where that leaves it smaller. Its weights become
 EncodedTensors: the same tensor objects, read by whoever reads them as before, but their memory holds the encoded bytes.
@@ -7,112 +7,38 @@ EncodedTensors: the same tensor objects, read by whoever reads them as before, b
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from .codec import Batch, Codec, NoCodec, codec_for, kind_of, padded, read_chunks
+from .codec import Codec, NoCodec, codec_for, padded
 from .codec_nvcomp import is_installed
 from .config import LOSSLESS as CHOICES
 from .discover import Layer
 from .encoded import EncodedTensor, is_encoded
-from .encoding import Made, Workers, flat_bytes, thread_count
+from .encoding import Made, Workers, thread_count
 from .host_budget import process_budget
-from .layout import TensorSpec, align, leaves
+from .layout import align, leaves
 from .mapped_files import files_behind
 from .patches import Progress
+from .unit_coding import parts_of
 from .units import MIB, format_bytes
 from .worth import Rates, waits_for_copies
 
 if TYPE_CHECKING:
-    from .segments import PackedLayer
     from .telemetry import ForwardRecord
 
 log = logging.getLogger(__name__)
 
 AUTO, ON, OFF = CHOICES
 AT_ONCE = 64 * MIB  # plain bytes that are decoded at once where weights go to the device for good
-SLACK = 128  # one part in so many more room than a weight takes, because it may be patched
-
-
-class DoesNotFit(RuntimeError):
-    """A patched weight takes more room encoded than the weight itself."""
-
-
-# -- one weight ----------------------------------------------------------------------------------------------------------
-
-
-def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors whose bytes are packed for ``tensor``: of one that is encoded its encoded bytes."""
-    return [leaf.encoded if is_encoded(leaf) else leaf.detach() for leaf in leaves(tensor)]
-
-
-def plan_encoded(tensor: EncodedTensor, offset: int) -> TensorSpec:
-    """The place of a weight that is packed encoded, with some room for one that is patched."""
-    nbytes = tensor.chunks().encoded
-    room = padded(nbytes + nbytes // SLACK + 256)
-    return TensorSpec(offset, room, torch.uint8, (room,), (1,))
-
-
-def copy_encoded(spec: TensorSpec, encoded: torch.Tensor, buffer: torch.Tensor) -> None:
-    """Encoded bytes into their place in ``buffer``, without holding the GIL."""
-    ctypes.memmove(buffer.data_ptr() + spec.offset, encoded.data_ptr(), min(spec.nbytes, len(encoded)))
-
-
-def encode_part(
-    path: str, spec: TensorSpec, part: torch.Tensor, chunk: int, buffer: torch.Tensor, device: torch.device
-) -> None:
-    """A plain part into its place in ``buffer``, encoded. Raises DoesNotFit."""
-    target = buffer[spec.offset : spec.offset + spec.nbytes]
-    if codec_for(device).encode(flat_bytes(part), kind_of(part.dtype), target, chunk) is None:
-        raise DoesNotFit(f"{path}, patched, does not fit the {format_bytes(spec.nbytes)} that it takes encoded")
-
-
-# -- a unit --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class UnitCoding:
-    """How the bytes of a unit, as they cross the link, become its slot. ``moves``: plain runs in between: from, to, bytes."""
-
-    batch: Batch
-    moves: tuple[tuple[int, int, int], ...]
-
-
-def unit_coding(layers: Sequence[PackedLayer], buffer: torch.Tensor | None, device: torch.device) -> UnitCoding:
-    """The coding of consecutive layers of a segment, packed in ``buffer``, or not packed yet."""
-    first, parts, moves = layers[0], [], []
-    for layer in layers:
-        start, place = layer.start - first.start, layer.place - first.place
-        if not layer.is_encoded:
-            moves.append((start, place, layer.nbytes))
-            continue
-        for packed in layer.entries:
-            entry = packed.entry
-            for spec, to, part, leaf in zip(entry.specs, entry.decoded, packed.inner, leaves(entry.host), strict=True):
-                if not is_encoded(leaf):
-                    if spec.nbytes != to.nbytes:
-                        raise RuntimeError(f"{entry.path} is packed encoded, and its tensor is plain")
-                    moves.append((start + spec.offset, place + to.offset, spec.nbytes))
-                    continue
-                begin = layer.start + spec.offset
-                data = part if buffer is None else buffer[begin : begin + spec.nbytes]
-                parts.append(
-                    (start + spec.offset, place + to.offset, read_chunks(data, to.nbytes, leaf.chunk, entry.path))
-                )
-    return UnitCoding(codec_for(device).batch(parts), tuple(moves))
-
-
-# -- a model -------------------------------------------------------------------------------------------------------------
 
 
 class Coding:
@@ -306,10 +232,23 @@ def decode_all(tensors: Sequence[EncodedTensor], device: torch.device) -> None:
                     raise RuntimeError(f"{tensor.path} is in use elsewhere and cannot be decoded in place")
 
 
+def verify_all(tensors: Sequence[EncodedTensor], progress: Progress | None = None) -> None:
+    """Compare the bytes of encoded tensors with their checksums. Raises Corrupt, and what ``progress`` raises, which is told bytes."""
+    waiting = [tensor for tensor in tensors if tensor.checksum is not None]
+    done, total = 0, sum(len(tensor.encoded) for tensor in waiting)
+    with ThreadPoolExecutor(thread_count(), thread_name_prefix="intelligent-vram-verify") as pool:
+        try:
+            for tensor, _ in zip(waiting, pool.map(EncodedTensor.verify, waiting), strict=True):
+                done += len(tensor.encoded)
+                if progress is not None:
+                    progress(done, total)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def decoded_on(device: torch.device, tensors: Sequence[EncodedTensor]) -> dict[int, torch.Tensor]:
     """The plain tensors of encoded ones, by the ids of these, decoded on ``device``, many at once. Raises Corrupt, NoCodec."""
-    with ThreadPoolExecutor(thread_count(), thread_name_prefix="intelligent-vram-verify") as pool:
-        list(pool.map(EncodedTensor.verify, tensors))
+    verify_all(tensors)
     plain: dict[int, torch.Tensor] = {}
     with torch.inference_mode(False), _on(device):
         codec = codec_for(device) if tensors else None
@@ -339,7 +278,7 @@ def _together(codec: Codec, device: torch.device, tensors: Sequence[EncodedTenso
     for tensor, (at, _, _) in zip(tensors, parts, strict=True):
         encoded[at : at + len(tensor.encoded)].copy_(tensor.encoded)
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    codec.batch(parts).decode(encoded, plain, None, stream)
+    codec.batches([parts])[0].decode(encoded, plain, None, stream)
     return [
         plain[to : to + tensor.nbytes].view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
         for tensor, (_, to, _) in zip(tensors, parts, strict=True)

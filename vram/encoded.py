@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -27,7 +28,8 @@ def checksum_of(encoded: torch.Tensor) -> int:
     the speed of memory: a CRC of all bytes is what setting up a model would wait for."""
     data = encoded.numpy()
     whole = len(data) - len(data) % KIB
-    sums = data[:whole].view("<u8").reshape(-1, KIB // 8).sum(axis=1)
+    words = data[:whole].view("<u8")
+    sums = numpy.add.reduceat(words, numpy.arange(0, len(words), KIB // 8))  # twice as fast as sum(axis=1)
     return zlib.crc32(data[whole:], zlib.crc32(sums))
 
 
@@ -38,7 +40,7 @@ class EncodedTensor(torch.Tensor):
     """
 
     encoded: torch.Tensor
-    ATTRIBUTES = ("encoded", "codec", "chunk", "path", "checksum", "_own")
+    ATTRIBUTES = ("encoded", "codec", "chunk", "path", "checksum", "_own", "_chunks")
 
     @staticmethod
     def __new__(
@@ -69,11 +71,12 @@ class EncodedTensor(torch.Tensor):
     ) -> None:
         self.encoded, self.codec, self.chunk, self.path, self.checksum = encoded, codec, chunk, name, checksum
         self._own = self.untyped_storage()  # kept, so that its address is no other's
+        self._chunks: Chunks | None = None
 
-    def verify(self) -> None:
-        """Raises Corrupt where the bytes are not those that were written to the file."""
+    def verify(self, copied: torch.Tensor | None = None) -> None:
+        """Raises Corrupt where the bytes, or those ``copied`` from them, are not those that were written to the file."""
         if self.checksum is not None:
-            found = checksum_of(self.encoded.cpu())
+            found = checksum_of((self.encoded if copied is None else copied).cpu())
             if found != self.checksum:
                 raise Corrupt(
                     f"{self.path} is damaged: the checksum of its encoded bytes is {found:08x}, not {self.checksum:08x}. "
@@ -82,8 +85,10 @@ class EncodedTensor(torch.Tensor):
             self.checksum = None
 
     def chunks(self) -> Chunks:
-        """Where its chunks lie. Raises Corrupt."""
-        return read_chunks(self.encoded.cpu(), self.numel() * self.element_size(), self.chunk, self.path)
+        """Where its chunks lie; its table is read once. Raises Corrupt."""
+        if self._chunks is None:
+            self._chunks = read_chunks(self.encoded.cpu(), self.numel() * self.element_size(), self.chunk, self.path)
+        return self._chunks
 
     @property
     def replaced(self) -> torch.Tensor | None:

@@ -96,7 +96,7 @@ class Workers:
         chunks, source = found
         there = torch.empty_like(source, device=self._device)
         target = torch.empty(chunks.nbytes, dtype=torch.uint8, device=self._device)
-        batch, stream = self._codec.batch([(0, 0, chunks)]), torch.cuda.current_stream(self._device)
+        (batch,), stream = self._codec.batches([[(0, 0, chunks)]]), torch.cuda.current_stream(self._device)
 
         def taken(run: Callable[[], object]) -> float:
             """Seconds of one run among several in a row, the shortest of some times after a first one: what else happens only

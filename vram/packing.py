@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 
 from .arena import Arena, FillJob, copy_host, lies_as
-from .coding import Coding, UnitCoding, copy_encoded, encode_part, unit_coding
+from .coding import Coding, verify_all
 from .discover import Layer
 from .encoded import is_encoded
 from .host_budget import HostBudget
@@ -23,6 +23,7 @@ from .patches import NO_PATCHES, Patches, Progress, patched
 from .plan import LayerSize
 from .segments import PackedEntry, PackedLayer, Segment, into_segments, lay_out
 from .staging import Piece
+from .unit_coding import UnitCoding, copy_encoded, encode_part, unit_codings
 from .units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -95,19 +96,25 @@ class PackedModel:
         """Bytes of another card's memory that the segments take."""
         return sum(segment.away.numel() for segment in self._segments if segment.away is not None)
 
-    def pack(self, patches: Patches = NO_PATCHES, progress: Progress | None = None) -> int:
-        """Pack what is not packed yet, and repack each weight whose patch changed. Returns the bytes written.
+    def pack(
+        self,
+        patches: Patches = NO_PATCHES,
+        progress: Progress | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> int:
+        """Pack what is not packed yet, and repack each weight whose patch changed. Returns the bytes written. ``meanwhile`` is
+        called once while other threads fill memory, see ``Arena.fill``.
 
         On an exception the module's weights are whole: what was packed stays packed. ``torn`` then says whether packed
         weights are still all of one kind. Raises FileCutOff before anything is touched, NoHostMemory where RAM is
-        needed for patched weights and there is none, and what ``patches`` and ``progress`` raise.
+        needed for patched weights and there is none, and what ``patches``, ``progress`` and ``meanwhile`` raise.
         """
         with self._lock:
             self._files = self._files_below()
             self._check_files()
             written = self._repack(patches)
             away = self._pack_away(patches, progress)
-            written += away + self._pack_waiting(patches, progress, away)
+            written += away + self._pack_waiting(patches, progress, away, meanwhile)
             self._files = self._files_below()
             self.torn = False
             return written
@@ -150,7 +157,9 @@ class PackedModel:
         if any(packed.signature is not None for layer in segment.layers for packed in layer.entries):
             self.torn = True
 
-    def _pack_waiting(self, patches: Patches, progress: Progress | None, before: int) -> int:
+    def _pack_waiting(
+        self, patches: Patches, progress: Progress | None, before: int, meanwhile: Callable[[], None] | None
+    ) -> int:
         """Pack segments that are not yet, as far as budget and RAM go. Returns the bytes written. ``progress`` is told them
         behind ``before``."""
         waiting = [
@@ -191,15 +200,16 @@ class PackedModel:
             if progress is not None:
                 progress(before + done, before + total)
 
-        self.arena.fill(jobs, finished)
-        left = sum(segment.nbytes for segment, *_ in waiting if not segment.packed)
+        self.arena.fill(jobs, finished, meanwhile)
+        left = [segment for segment, *_ in waiting if not segment.packed]
         if left:
             log.warning(
                 "%s of weights do not fit the RAM that may be page-locked (%s); they stay where they are and stream "
                 "through a staging ring, which is slower",
-                format_bytes(left),
+                format_bytes(sum(segment.nbytes for segment in left)),
                 self._budget_in_words(),
             )
+            verify_all([leaf for segment in left for leaf in segment.leaves if is_encoded(leaf)], progress)
         return written
 
     def _budget_in_words(self) -> str:
@@ -252,8 +262,7 @@ class PackedModel:
             if not is_encoded(leaf):
                 copy_host(spec, part, buffer)
             elif signature is None:
-                leaf.verify()
-                copy_encoded(spec, part, buffer)
+                copy_encoded(spec, leaf, buffer)
             else:
                 encode_part(packed.entry.path, spec, part, leaf.chunk, buffer, self.arena.device)
 
@@ -363,13 +372,14 @@ class PackedModel:
         begin = self.layers[first].place
         return [(packed.entry, begin - layer.place) for layer in self.layers[first:last] for packed in layer.entries]
 
-    def coding_of(self, first: int, last: int) -> UnitCoding | None:
-        """How layers ``first`` to ``last`` are decoded; None where none of them is encoded."""
-        layers = self.layers[first:last]
-        if not any(layer.is_encoded for layer in layers):
-            return None
-        buffer = getattr(self._segments[layers[0].segment].host, "buffer", None)
-        return unit_coding(layers, buffer, self.arena.device)
+    def codings(self, units: Sequence[tuple[int, int]]) -> list[UnitCoding | None]:
+        """How units, layers ``first`` to ``last`` each, are decoded; None where none of their layers is encoded."""
+        hosts = [self._segments[self.layers[first].segment].host for first, _ in units]
+        places = [
+            (self.layers[first:last], None if host is None else host.buffer)
+            for (first, last), host in zip(units, hosts, strict=True)
+        ]
+        return unit_codings(places, self.arena.device)
 
     def close(self) -> None:
         """Unregister the page-locked memory, and give back another card's. The weights stay in RAM, as ordinary memory."""

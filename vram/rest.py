@@ -75,7 +75,8 @@ class Rest:
         self._weights: list[tuple[Slotted, _Placed]] = []
 
     def place(self, weights: Sequence[Slotted], patches: Patches) -> None:
-        """Copy ``weights`` to the device, patched, and let their modules see the copies."""
+        """Copy ``weights`` to the device, patched, and let their modules see the copies, these alone."""
+        self.clear()
         placed: dict[int, _Placed] = {}
         plain = self._decoded(weights, patches)
         for slotted in weights:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from .coding import parts_of, plan_encoded
 from .discover import Layer, Slotted
 from .encoded import is_encoded
 from .host_memory import HostSegment
 from .layout import CannotPack, Entry, align, flatten, leaves, plain_tensors, plan_tensor
 from .plan import arrange
+from .unit_coding import parts_of, plan_encoded
 
 
 @dataclass
@@ -90,6 +90,11 @@ class Segment:
     def is_encoded(self) -> bool:
         """Whether any of its layers is kept encoded."""
         return any(layer.is_encoded for layer in self.layers)
+
+    @property
+    def leaves(self) -> Iterator[torch.Tensor]:
+        """The tensors that the weights are made of, see ``layout.leaves``."""
+        return (leaf for layer in self.layers for packed in layer.entries for leaf in leaves(packed.entry.host))
 
     @property
     def parts(self) -> list[torch.Tensor]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .coding import UnitCoding
 from .layout import Entry
 from .link import Event
 from .staging import Piece
 from .telemetry import Visit
+from .unit_coding import UnitCoding
 
 
 class Slot:

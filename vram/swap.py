@@ -140,11 +140,10 @@ class Swap:
         rest += [slotted for slotted, _ in weights.packed.left_out]
         self.adapter = Adapter(self)
         plan_that_fits(self, self.adapter.first(), rest, now)  # before anything is moved
-        written = weights.pack(patches)
+        written = weights.pack(patches, meanwhile=lambda: self._rest.place(rest, patches))
         weights.packed.owner = self
         first = plan_that_fits(self, self.adapter.first(), rest, now)
         self._patches = patches
-        self._rest.place(rest, patches)
         self._install()
         self._forward.outside_torch = snapshot(self.device).outside_torch
         with limit.held(self.device, limit.budget_now(self.device, self.limit, self._forward.outside_torch)):
@@ -317,6 +316,7 @@ class Swap:
 
     def apply(self, plan: Plan) -> None:
         """Take over another plan between forwards. When memory runs out on the way, nothing is resident."""
+        codings = self.packed.codings([(unit.first, unit.last) for unit in plan.units])
         units = [
             StreamUnit(
                 index,
@@ -324,7 +324,7 @@ class Swap:
                 self.packed.entries(unit.first, unit.last),
                 self.packed.source(unit.first, unit.last),
                 overlap=unit.block is not None,
-                coding=self.packed.coding_of(unit.first, unit.last),
+                coding=codings[index],
                 link_bytes=unit.link_bytes,
             )
             for index, unit in enumerate(plan.units)

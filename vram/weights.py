@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .coding import AUTO, OFF, Coding, DoesNotFit
+from .coding import AUTO, OFF, Coding
 from .config import SwapConfig
 from .discover import Layer
 from .host_budget import page_lockable, ram
@@ -15,6 +15,7 @@ from .offload import OffloadDevice
 from .packing import PackedModel
 from .patches import Patches, Progress
 from .plan import LayerSize
+from .unit_coding import DoesNotFit
 from .worth import Rates
 
 log = logging.getLogger(__name__)
@@ -97,14 +98,15 @@ class Weights:
         self.decode()
         self.lay_out(self.lossless)
 
-    def pack(self, patches: Patches) -> int:
+    def pack(self, patches: Patches, meanwhile: Callable[[], None] | None = None) -> int:
         """Pack what is laid out, plain if patched weights do not fit encoded, and page-lock it. Returns the bytes written.
-        Raises what ``PackedModel.pack`` does."""
+        ``meanwhile`` is called while other threads fill memory, and again if packing begins anew. Raises what
+        ``PackedModel.pack`` does."""
         try:
-            written = self.packed.pack(patches, self._progress)
+            written = self.packed.pack(patches, self._progress, meanwhile)
         except DoesNotFit as reason:
             log.warning("%s; the weights are streamed as they are", reason)
             self.lay_out(OFF)
-            written = self.packed.pack(patches, self._progress)
+            written = self.packed.pack(patches, self._progress, meanwhile)
         self.packed.page_lock()
         return written

@@ -60,7 +60,7 @@ def test_a_unit_is_decoded_at_once_into_its_places():
         places.append((at, to, chunks))
         at, to = at + len(data), to + 512 * (len(part) // 512 + 1)
     target = torch.full((to,), 7, dtype=torch.uint8)
-    batch = CPU.batch(places)
+    (batch,) = CPU.batches([places])
     batch.decode(source, target, None, None)
     batch.forget()
     for (_, begin, _), part in zip(places, parts, strict=True):

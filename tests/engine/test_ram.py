@@ -79,6 +79,27 @@ def test_the_less_ram_is_free_the_fewer_segments_are_filled_at_the_same_time(fre
     assert sorted(done) == list(range(6))
 
 
+def test_other_work_is_done_once_while_threads_fill():
+    begun, over, order = threading.Event(), threading.Event(), []
+
+    def fill(buffer):
+        begun.set()
+        assert over.wait(20)
+        buffer.fill_(1)
+
+    def work():
+        assert begun.wait(20)
+        order.append(threading.current_thread())
+        over.set()
+
+    arena = Arena(CPU, threads=2, shared=HostBudget(1 << 60, Ram(available=1 << 40)))
+    arena.fill([FillJob(5000, fill, page_lock=False)] * 5, lambda index, segment: order.append(index), work)
+    assert order[0] is threading.current_thread()
+    assert sorted(order[1:]) == list(range(5))
+    arena.fill([], lambda index, segment: order.append(index), lambda: order.append("work"))
+    assert order[6:] == ["work"]
+
+
 def test_linux_sets_no_limit_windows_half_of_the_ram(monkeypatch):
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr("platform.release", lambda: "6.8.0-generic")

@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 import weakref
+from concurrent.futures import Future
 
 import psutil
 import pytest
@@ -166,6 +167,38 @@ def test_a_filler_that_raises_leaves_nothing_page_locked(here, failing, shared, 
     assert arena.page_locked_bytes == registrar.nbytes == 5000 * len(done)
     while done:
         arena.drop(done.pop())
+    assert registrar.ranges == {}
+    gc.collect()
+    assert shared.held == 0
+
+
+def test_other_work_that_raises_while_threads_fill_leaves_nothing_page_locked(monkeypatch, shared, nothing_left):
+    registrar, begun, over = Registrar(), threading.Semaphore(0), threading.Event()
+    arena, filled, cancel = Arena(CPU, threads=3, registrar=registrar, shared=shared), [], Future.cancel
+
+    def fill(buffer):
+        filled.append(buffer)
+        begun.release()
+        assert over.wait(20)
+
+    def fail():
+        for _ in range(3):
+            assert begun.acquire(timeout=20)
+        raise Failure
+
+    def cancel_and_count(future):
+        result = cancel(future)
+        if next(calls) == len(jobs):
+            over.set()
+        return result
+
+    monkeypatch.setattr(Future, "cancel", cancel_and_count)
+    jobs, calls = [FillJob(5000, fill, arena.claim(5000, 0)) for _ in range(9)], itertools.count(1)
+    with pytest.raises(Failure):
+        arena.fill(jobs, pytest.fail, fail)
+    assert len(filled) == 3  # the others are not waited for
+    filled.clear()
+    assert arena.page_locked_bytes == 0
     assert registrar.ranges == {}
     gc.collect()
     assert shared.held == 0

@@ -101,6 +101,25 @@ def test_noise_is_not_worth_it_and_bf16_is(codec):
         assert encoded(codec, plain, kind_of(dtype))[1].encoded <= most * len(plain)
 
 
+def test_units_whose_tables_came_together_are_decoded_each_for_itself(codec):
+    units = [(), (300,), (1000, 3 * MIB), (), (1, 700000, 5)]
+    parts = [[weights("trained", (size,), torch.bfloat16) for size in sizes] for sizes in units]
+    coded = [[encoded(codec, part, "float16") for part in unit] for unit in parts]
+    sources, places = [], []
+    for unit in coded:
+        sources.append(torch.cat([torch.zeros(0, dtype=torch.uint8), *(data for data, _ in unit)]).cuda())
+        starts = [sum(len(data) for data, _ in unit[:number]) for number in range(len(unit))]
+        places.append(
+            [(at, number * 8 * MIB, chunks) for number, (at, (_, chunks)) in enumerate(zip(starts, unit, strict=True))]
+        )
+    for batch, source, unit in zip(codec.batches(places), sources, parts, strict=True):
+        target = torch.empty(8 * MIB * max(1, len(unit)), dtype=torch.uint8, device="cuda")
+        batch.decode(source, target, None, torch.cuda.current_stream())
+        assert batch.damaged() is None
+        for number, part in enumerate(unit):
+            assert torch.equal(target[number * 8 * MIB :][: len(part)].cpu(), part.cpu())
+
+
 def test_a_unit_is_decoded_by_one_call_that_does_not_wait_and_allocates_nothing(codec):
     parts = [weights("trained", (size,), torch.bfloat16) for size in (1000, 5 * MIB, 1, 300000)]
     source, places, at, to = torch.zeros(16 * MIB, dtype=torch.uint8), [], 0, 0
@@ -110,7 +129,7 @@ def test_a_unit_is_decoded_by_one_call_that_does_not_wait_and_allocates_nothing(
         places.append((at, to, chunks))
         at, to = at + len(data), to + 512 * (len(part) // 512 + 1)
     source, target = source.cuda(), torch.full((to,), 7, dtype=torch.uint8, device="cuda")
-    batch, stream = codec.batch(places), torch.cuda.Stream()
+    (batch,), stream = codec.batches([places]), torch.cuda.Stream()
     torch.cuda.synchronize()
     batch.decode(source, target, "slot", stream)
     torch.cuda.synchronize()
