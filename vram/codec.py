@@ -109,7 +109,7 @@ def read_chunks(encoded: torch.Tensor, nbytes: int, chunk: int, name: str) -> Ch
         raise Corrupt(f"{name}: its chunks of {chunk} bytes are no multiples of {ALIGNMENT}")
     if len(encoded) < table_bytes(count):
         raise Corrupt(f"{name}: it has {len(encoded)} bytes, fewer than the table of its {count} chunks")
-    sizes = numpy.frombuffer(encoded[: 4 * count].numpy().tobytes(), "<u4").astype(numpy.int64)
+    sizes = encoded.numpy()[: 4 * count].view("<u4").astype(numpy.int64)
     chunks = Chunks(nbytes, chunk, sizes)
     if count and (not sizes.all() or chunks.encoded > len(encoded)):
         raise Corrupt(

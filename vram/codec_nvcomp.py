@@ -200,13 +200,8 @@ class NvcompCodec:
                 start, stop = first * chunks.chunk, min(chunks.nbytes, (last + 1) * chunks.chunk)
                 source = encoded[begin:end].to(self.device)
                 out = target[start:stop] if target.is_cuda else _uint8(stop - start, self.device)
-                places = (
-                    chunks.offsets[first : last + 1] - begin,
-                    sizes,
-                    chunks.plain_offsets[first : last + 1] - start,
-                    chunks.plain_sizes[first : last + 1],
-                )
-                (part,) = self._upload([numpy.stack(places)])
+                places = _places([(-begin, -start, chunks)])[:, first : last + 1]
+                (part,) = self._upload([places])
                 part.decode(source, out, None, stream)
                 damaged = part.damaged()
                 if damaged is not None:
@@ -216,8 +211,7 @@ class NvcompCodec:
                     ctypes.memmove(target.data_ptr() + start, bounce.data_ptr(), stop - start)
 
     def batches(self, units: Sequence[Sequence[Part]]) -> list[NvcompBatch]:
-        none = numpy.zeros((4, 0), numpy.int64)
-        return self._upload([numpy.concatenate([none, *map(_places, parts)], axis=1) for parts in units])
+        return self._upload([_places(parts) for parts in units])
 
     def _upload(self, places: Sequence[numpy.ndarray]) -> list[NvcompBatch]:
         """A batch for each of ``places``, see ``_places``: by one copy for all of them, because each is waited for."""
@@ -233,11 +227,18 @@ class NvcompCodec:
         return [NvcompBatch(self, *tensors, scratch) for tensors in rows]
 
 
-def _places(part: Part) -> numpy.ndarray:
+def _places(parts: Sequence[Part]) -> numpy.ndarray:
     """int64 [4, count]: where each chunk lies in the buffer of encoded ones, its encoded size, where it goes in the buffer of plain
     ones, its plain size."""
-    at, to, chunks = part
-    return numpy.stack((at + chunks.offsets, chunks.sizes, to + chunks.plain_offsets, chunks.plain_sizes))
+    table = [(at, to, chunks.nbytes, chunks.chunk, chunks.count) for at, to, chunks in parts]
+    at, to, nbytes, chunk, counts = numpy.array(table, numpy.int64).reshape(-1, 5).T
+    first = numpy.repeat(numpy.cumsum(counts) - counts, counts)
+    at, to, nbytes, chunk = (numpy.repeat(values, counts) for values in (at, to, nbytes, chunk))
+    none = numpy.zeros(0, numpy.int64)
+    offsets = numpy.concatenate([none, *(chunks.offsets for *_, chunks in parts)])
+    sizes = numpy.concatenate([none, *(chunks.sizes for *_, chunks in parts)])
+    begin = (numpy.arange(len(sizes)) - first) * chunk
+    return numpy.stack((at + offsets, sizes, to + begin, numpy.minimum(chunk, nbytes - begin)))
 
 
 class _Piece:
