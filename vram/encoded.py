@@ -29,7 +29,8 @@ def checksum_of(encoded: torch.Tensor) -> int:
     data = encoded.numpy()
     whole = len(data) - len(data) % KIB
     words = data[:whole].view("<u8")
-    sums = numpy.add.reduceat(words, numpy.arange(0, len(words), KIB // 8))  # twice as fast as sum(axis=1)
+    # twice as fast as sum(axis=1); with ``out`` it would hold Python's lock
+    sums = numpy.add.reduceat(words, numpy.arange(0, len(words), KIB // 8))
     return zlib.crc32(data[whole:], zlib.crc32(sums))
 
 

@@ -236,15 +236,16 @@ def test_weights_that_come_encoded_are_streamed_as_the_choice_says(lossless, mod
     assert is_encoded(model.blocks[0][0].weight) is (lossless == "on")
 
 
+@pytest.mark.parametrize("damage", [0, 70_000, -1])
 @pytest.mark.parametrize("budget", [None, 0, 300_000])
 @torch.no_grad()
-def test_a_damaged_weight_is_found_before_it_is_decoded_and_named(budget):
+def test_a_damaged_weight_is_found_before_it_is_decoded_and_named(budget, damage):
     model = big()
     before = fingerprint(model)
     for block in model.blocks:
         for layer in block:
             layer.weight = encoded(layer.weight, checksum=checksum_of(encoded(layer.weight).encoded))
-    model.blocks[2][1].weight.encoded[-1] ^= 1
+    model.blocks[2][1].weight.encoded[damage] ^= 1
     kept = {name: tensor.encoded for name, tensor in model.named_parameters() if is_encoded(tensor)}
     with pytest.raises(Corrupt, match="w is damaged"):
         attach(model, replace(ON, mode="chunkwise", streamed_blocks=3, host_budget=budget), "cpu")
