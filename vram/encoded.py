@@ -75,15 +75,25 @@ class EncodedTensor(torch.Tensor):
         self._chunks: Chunks | None = None
 
     def verify(self, copied: torch.Tensor | None = None) -> None:
-        """Raises Corrupt where the bytes, or those ``copied`` from them, are not those that were written to the file."""
+        """Raises Corrupt where the bytes, or those ``copied`` from them, are not those that were written to the file. Other bytes than
+        the tensor's own, which may be thrown away, do not spare it being verified again."""
         if self.checksum is not None:
-            found = checksum_of((self.encoded if copied is None else copied).cpu())
+            found = checksum_of((self._written() if copied is None else copied).cpu())
             if found != self.checksum:
+                self._chunks = None  # the file may be mended
                 raise Corrupt(
                     f"{self.path} is damaged: the checksum of its encoded bytes is {found:08x}, not {self.checksum:08x}. "
                     "Download or copy the file again"
                 )
-            self.checksum = None
+            if copied is None:
+                self.checksum = None
+
+    def _written(self) -> torch.Tensor:
+        """The bytes that were written to the file: where the memory is a packed copy's, there is more behind them."""
+        try:
+            return self.encoded[: self.chunks().encoded]
+        except Corrupt:  # the checksum says so in words that help
+            return self.encoded
 
     def chunks(self) -> Chunks:
         """Where its chunks lie; its table is read once. Raises Corrupt."""

@@ -28,6 +28,9 @@ class PackedEntry:
         for spec, inner in zip(self.entry.specs, plain_tensors(self.entry.host), strict=True):
             with torch.inference_mode(inner.is_inference()):
                 inner.data = spec.shifted(-start).view(host.buffer_for(inner))
+        for leaf in leaves(self.entry.host):
+            if is_encoded(leaf):
+                leaf.checksum = None  # its bytes are now those that were verified there
         self.inner = parts_of(self.entry.host)
 
     def leave(self) -> None:

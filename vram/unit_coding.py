@@ -40,9 +40,9 @@ def plan_encoded(tensor: EncodedTensor, offset: int) -> TensorSpec:
 def copy_encoded(spec: TensorSpec, tensor: EncodedTensor, buffer: torch.Tensor) -> None:
     """Encoded bytes into their place in ``buffer``, without holding the GIL. Raises Corrupt. They are verified there: in a file's
     mapping the processor takes longer to find them, because its pages are small."""
-    nbytes = len(tensor.encoded)
+    nbytes = tensor.chunks().encoded
     if nbytes > spec.nbytes:
-        raise Corrupt(f"{tensor.path}: there are {format_bytes(nbytes - spec.nbytes)} or more behind its last chunk")
+        raise Corrupt(f"{tensor.path} has changed since it got its place; load the model again")
     place = buffer[spec.offset : spec.offset + nbytes]
     ctypes.memmove(place.data_ptr(), tensor.encoded.data_ptr(), nbytes)
     tensor.verify(place)

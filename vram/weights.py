@@ -15,6 +15,7 @@ from .offload import OffloadDevice
 from .packing import PackedModel
 from .patches import Patches, Progress
 from .plan import LayerSize
+from .repeat import let_go
 from .unit_coding import DoesNotFit
 from .worth import Rates
 
@@ -106,6 +107,7 @@ class Weights:
             written = self.packed.pack(patches, self._progress, meanwhile)
         except DoesNotFit as reason:
             log.warning("%s; the weights are streamed as they are", reason)
+            let_go(reason)  # what was packed before it is in RAM no more
             self.lay_out(OFF)
             written = self.packed.pack(patches, self._progress, meanwhile)
         self.packed.page_lock()

@@ -1,14 +1,13 @@
 """Weights that are kept encoded in RAM and on the link: the model computes what it computed, to the bit, and comes back whole."""
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import settings
 from intelligent_vram.vram import Patches, SwapConfig, attach, live_swap
-from intelligent_vram.vram.codec import CHUNK, Corrupt, NoCodec, codec_for, kind_of, room_for
-from intelligent_vram.vram.encoded import EncodedTensor, checksum_of, is_encoded
+from intelligent_vram.vram.codec import NoCodec, codec_for
+from intelligent_vram.vram.encoded import EncodedTensor, is_encoded
 from intelligent_vram.vram.model_headers import Weight
 from intelligent_vram.vram.plan import MODES, LayerSize, Timing, cut, fit, simulate, stream_all
 from intelligent_vram.vram.predict import as_encoded
@@ -204,100 +203,7 @@ def test_a_patch_that_makes_a_weight_larger_encoded_is_streamed_plain_with_a_wor
     swap.detach()
 
 
-# -- encoded before ------------------------------------------------------------------------------------------------------
-
-
-def encoded(tensor, checksum=None):
-    codec = codec_for(torch.device("cpu"))
-    target = torch.zeros(room_for(tensor.nbytes), dtype=torch.uint8)
-    chunks = codec.encode(tensor.contiguous().view(-1).view(torch.uint8), kind_of(tensor.dtype), target)
-    data = target[: chunks.encoded].clone()
-    return nn.Parameter(
-        EncodedTensor(data, tensor.dtype, tensor.shape, tensor.stride(), codec.name, CHUNK, "w", checksum),
-        requires_grad=False,
-    )
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lossless", ["auto", "on", "off"])
-@torch.no_grad()
-def test_weights_that_come_encoded_are_streamed_as_the_choice_says(lossless, mode):
-    model, x = big(), torch.randn(2, 256).bfloat16()
-    wanted, plain = model(x), contents(model)
-    for block in model.blocks:
-        for layer in block:
-            layer.weight = encoded(layer.weight)
-    swap = attach(model, replace(ON, mode=mode, lossless=lossless), "cpu")
-    assert any(layer.is_encoded for layer in swap.packed.layers) is (lossless == "on")
-    for _ in range(2):
-        assert torch.equal(model(x), wanted)
-    swap.detach()
-    assert same(values(model), plain)
-    assert is_encoded(model.blocks[0][0].weight) is (lossless == "on")
-
-
-@pytest.mark.parametrize("damage", [0, 70_000, -1])
-@pytest.mark.parametrize("budget", [None, 0, 300_000])
-@torch.no_grad()
-def test_a_damaged_weight_is_found_before_it_is_decoded_and_named(budget, damage):
-    model = big()
-    before = fingerprint(model)
-    for block in model.blocks:
-        for layer in block:
-            layer.weight = encoded(layer.weight, checksum=checksum_of(encoded(layer.weight).encoded))
-    model.blocks[2][1].weight.encoded[damage] ^= 1
-    kept = {name: tensor.encoded for name, tensor in model.named_parameters() if is_encoded(tensor)}
-    with pytest.raises(Corrupt, match="w is damaged"):
-        attach(model, replace(ON, mode="chunkwise", streamed_blocks=3, host_budget=budget), "cpu")
-    assert "forward" not in vars(model)
-    assert len(before) == len(fingerprint(model))
-    assert all(tensor.encoded is kept[name] for name, tensor in model.named_parameters() if is_encoded(tensor))
-
-
-@torch.no_grad()
-def test_bytes_behind_the_last_chunk_are_damage():
-    model = big()
-    weight = model.blocks[1][0].weight
-    longer = torch.cat((encoded(weight).encoded, torch.zeros(9000, dtype=torch.uint8)))
-    model.blocks[1][0].weight = nn.Parameter(
-        EncodedTensor(longer, weight.dtype, weight.shape, weight.stride(), "zlib-planes", CHUNK, "w"),
-        requires_grad=False,
-    )
-    with pytest.raises(Corrupt, match=r"w: there are .* behind its last chunk"):
-        attach(model, ON, "cpu")
-
-
-@pytest.mark.parametrize("stop", [False, True])
-@torch.no_grad()
-def test_what_stays_in_its_file_is_verified_with_progress_and_can_be_interrupted(stop):
-    model, x, told, nbytes = big(), torch.randn(2, 256).bfloat16(), [], 0
-    for block in model.blocks:
-        for layer in block:
-            layer.bias = None
-            layer.weight = encoded(layer.weight, checksum=checksum_of(encoded(layer.weight).encoded))
-            nbytes += len(layer.weight.encoded)
-    wanted = copy.deepcopy(model)(x)
-
-    def progress(done, total):
-        told.append((done, total))
-        if stop and len(told) == 2:
-            raise KeyboardInterrupt
-
-    def run():
-        return attach(model, config, "cpu", progress=progress)
-
-    config = replace(ON, mode="chunkwise", streamed_blocks=3, host_budget=0)
-    if stop:
-        with pytest.raises(KeyboardInterrupt):
-            run()
-        assert len(told) == 2
-    else:
-        swap = run()
-        assert torch.equal(model(x), wanted)
-        swap.detach()
-        assert len(told) == 6
-        assert told[-1] == (nbytes, nbytes)
-    assert torch.equal(model(x), wanted)
+# -- from one time to the next -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -1,0 +1,179 @@
+"""Weights that come encoded from a file: streamed as they are, verified before anything of them is decoded."""
+
+import copy
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from intelligent_vram.vram import Patches, arena, attach
+from intelligent_vram.vram.codec import CHUNK, Corrupt, codec_for, kind_of, room_for
+from intelligent_vram.vram.encoded import EncodedTensor, checksum_of, is_encoded
+from intelligent_vram.vram.layout import TensorSpec
+from intelligent_vram.vram.plan import MODES
+from intelligent_vram.vram.unit_coding import copy_encoded, plan_encoded
+from intelligent_vram.vram.weights import Weights
+from torch import nn
+
+from .models import contents
+from .test_lossless import ON, big, same, values
+
+CONFIG = replace(ON, mode="chunkwise", streamed_blocks=3)
+
+
+def encoded(tensor):
+    """As it comes from a file."""
+    codec = codec_for(torch.device("cpu"))
+    target = torch.zeros(room_for(tensor.nbytes), dtype=torch.uint8)
+    chunks = codec.encode(tensor.contiguous().view(-1).view(torch.uint8), kind_of(tensor.dtype), target)
+    data = target[: chunks.encoded].clone()
+    return nn.Parameter(
+        EncodedTensor(data, tensor.dtype, tensor.shape, tensor.stride(), codec.name, CHUNK, "w", checksum_of(data)),
+        requires_grad=False,
+    )
+
+
+def encode_all(model):
+    for block in model.blocks:
+        for layer in block:
+            layer.weight = encoded(layer.weight)
+    return model
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("lossless", ["auto", "on", "off"])
+@torch.no_grad()
+def test_weights_that_come_encoded_are_streamed_as_the_choice_says(lossless, mode):
+    model, x = big(), torch.randn(2, 256).bfloat16()
+    wanted, plain = model(x), contents(model)
+    encode_all(model)
+    swap = attach(model, replace(ON, mode=mode, lossless=lossless), "cpu")
+    assert any(layer.is_encoded for layer in swap.packed.layers) is (lossless == "on")
+    for _ in range(2):
+        assert torch.equal(model(x), wanted)
+    swap.detach()
+    assert same(values(model), plain)
+    assert is_encoded(model.blocks[0][0].weight) is (lossless == "on")
+
+
+@pytest.mark.parametrize("damage", [0, 70_000, -1])
+@pytest.mark.parametrize("budget", [None, 0, 300_000])
+@torch.no_grad()
+def test_a_damaged_weight_is_found_before_it_is_decoded_and_named(budget, damage):
+    model = encode_all(big())
+    model.blocks[2][1].weight.encoded[damage] ^= 1
+    kept = {name: tensor.encoded for name, tensor in model.named_parameters() if is_encoded(tensor)}
+    with pytest.raises(Corrupt, match="w is damaged"):
+        attach(model, replace(ON, mode="chunkwise", streamed_blocks=3, host_budget=budget), "cpu")
+    assert "forward" not in vars(model)
+    assert all(tensor.encoded is kept[name] for name, tensor in model.named_parameters() if is_encoded(tensor))
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@torch.no_grad()
+def test_what_stays_in_its_file_is_verified_with_progress_and_can_be_interrupted(stop):
+    model, x, told = encode_all(big()), torch.randn(2, 256).bfloat16(), []
+    layers = [layer for block in model.blocks for layer in block]
+    for layer in layers:
+        layer.bias = None
+    nbytes = sum(len(layer.weight.encoded) for layer in layers)
+    wanted = copy.deepcopy(model)(x)
+
+    def progress(done, total):
+        told.append((done, total))
+        if stop and len(told) == 2:
+            raise KeyboardInterrupt
+
+    def run():
+        return attach(model, config, "cpu", progress=progress)
+
+    config = replace(ON, mode="chunkwise", streamed_blocks=3, host_budget=0)
+    if stop:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert len(told) == 2
+    else:
+        swap = run()
+        assert torch.equal(model(x), wanted)
+        swap.detach()
+        assert len(told) == 6
+        assert told[-1] == (nbytes, nbytes)
+    assert torch.equal(model(x), wanted)
+
+
+@torch.no_grad()
+def test_a_file_that_was_mended_can_be_attached():
+    model, x = big(), torch.randn(2, 256).bfloat16()
+    wanted = model(x)
+    table = encode_all(model).blocks[1][0].weight.encoded[:4].view(torch.int32)
+    table -= 64  # is possible, and wrong
+    with pytest.raises(Corrupt, match="w is damaged"):
+        attach(model, CONFIG, "cpu")
+    table += 64
+    swap = attach(model, CONFIG, "cpu")
+    assert torch.equal(model(x), wanted)
+    swap.detach()
+
+
+@torch.no_grad()
+def test_what_was_verified_in_memory_that_is_thrown_away_is_verified_again():
+    model = encode_all(big())
+
+    def progress(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attach(model, CONFIG, "cpu", progress=progress)
+    unpacked = [layer.weight for block in model.blocks for layer in block if layer.weight.checksum is not None]
+    assert len(unpacked) >= 4
+    unpacked[0].encoded[-1] ^= 1
+    with pytest.raises(Corrupt, match="w is damaged"):
+        attach(model, CONFIG, "cpu")
+
+
+@torch.no_grad()
+def test_a_state_dict_from_before_reads_as_it_did():
+    model = big()
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = encode_all(model).state_dict()
+    packed = attach(model, CONFIG, "cpu").detach(keep_encoded=True)
+    assert packed is not None
+    assert all(torch.equal(before[name].clone(), tensor) for name, tensor in plain.items())
+
+
+@torch.no_grad()
+def test_what_changed_since_it_got_its_place_is_not_written_over_its_neighbour():
+    weight = encoded(big().blocks[0][0].weight)
+    spec = plan_encoded(weight, 0)
+    smaller = TensorSpec(0, len(weight.encoded) - 16, torch.uint8, (len(weight.encoded) - 16,), (1,))
+    buffer = torch.zeros(spec.nbytes, dtype=torch.uint8)
+    with pytest.raises(Corrupt, match="w has changed"):
+        copy_encoded(smaller, weight, buffer)
+    assert not buffer.any()
+    copy_encoded(spec, weight, buffer)
+    assert torch.equal(buffer[: len(weight.encoded)], weight.encoded)
+
+
+@torch.no_grad()
+def test_what_did_not_fit_encoded_is_given_back_before_all_is_packed_plain(monkeypatch):
+    made, real = [], arena.HostSegment
+
+    class Segment(real):
+        def __init__(self, nbytes):
+            super().__init__(nbytes)
+            made.append(weakref.ref(self))
+
+    def lay_out(self, lossless, rates=None):
+        left.append(sum(segment() is not None for segment in made))
+        return lay_out_again(self, lossless, rates)
+
+    monkeypatch.setattr(arena, "HostSegment", Segment)
+    left, lay_out_again = [], Weights.lay_out
+    monkeypatch.setattr(Weights, "lay_out", lay_out)
+    noise = torch.randint(-0x4000, 0x3F00, (256, 256), dtype=torch.int16).view(torch.bfloat16)
+    patches = Patches(lambda path: 1 if path == "blocks.2.0.weight" else None, lambda path, tensor: noise)
+    swap = attach(big(), CONFIG, "cpu", patches=patches)
+    assert not any(layer.is_encoded for layer in swap.packed.layers)
+    assert left == [0, 0]
+    assert len(made) > len(swap.packed.layers) // 2
+    swap.detach()
