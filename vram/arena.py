@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from .units import format_bytes
 log = logging.getLogger(__name__)
 
 FILL_THREADS = 16
+AHEAD = 2  # times as many segments as threads are filled, or about to be, before those that are ready are taken
 AT_ONCE = 8  # one part in so many of the free RAM is filled at the same time: what is replaced is released afterwards
 
 
@@ -118,45 +120,67 @@ class Arena:
     ) -> None:
         """Make, fill and page-lock a segment per job, as many at a time as there are threads: separate mappings are filled in
         parallel faster than parts of one. ``when_done(index, segment)`` is called on the calling thread as soon as a segment is
-        ready, so that the memory that it replaces can be released; threads are ahead of it as far as free RAM allows.
+        ready, so that the memory that it replaces can be released; threads are somewhat ahead of it, if free RAM allows.
         ``segment`` is None for an optional one that there was no memory for. ``meanwhile`` is called once, on the calling
         thread, when the others have begun. Raises the first error of any copy; what was not handed over by then is released.
         """
-        waiting = list(enumerate(jobs))
-        running: dict[Future[HostSegment | None], int] = {}
-        room = self.shared.ram()[1] // AT_ONCE
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="intelligent-vram-fill") as pool:
-            try:
-                while waiting or running or meanwhile is not None:
-                    while waiting:
-                        index, job = waiting[0]
-                        if running and job.nbytes + sum(jobs[number].nbytes for number in running.values()) > room:
-                            break
-                        if job.on_calling_thread:
-                            waiting.pop(0)
-                            when_done(index, self._make(job))
-                        else:
-                            running[pool.submit(self._make, job)] = index
-                            waiting.pop(0)
-                    if meanwhile is not None:
-                        work, meanwhile = meanwhile, None
-                        work()
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        index = running.pop(future)
-                        when_done(index, future.result())
-            except BaseException:
-                for future in running:
-                    future.cancel()
-                for future, index in running.items():
-                    if future.cancelled():
-                        self._unclaim(jobs[index])
-                    elif future.exception() is None and future.result() is not None:
-                        self.drop(future.result())
-                for _, job in waiting:
+        begun: set[int] = set()
+        made: dict[int, HostSegment | None] = {}
+
+        def make(index: int) -> None:
+            begun.add(index)
+            made[index] = self._make(jobs[index])
+
+        def hand_over(index: int) -> None:
+            when_done(index, made.pop(index))
+
+        try:
+            room = self.shared.ram()[1] // AT_ONCE
+            with ThreadPoolExecutor(self.threads, thread_name_prefix="intelligent-vram-fill") as pool:
+                try:
+                    self._fill(jobs, room, pool, make, hand_over, meanwhile)
+                finally:
+                    pool.shutdown(cancel_futures=True)
+        except BaseException:
+            for index, job in enumerate(jobs):
+                if index not in begun:
                     self._unclaim(job)
-                raise
-            finally:
-                self.tell_refusals()
+                elif (segment := made.pop(index, None)) is not None:
+                    self.drop(segment)
+            raise
+        finally:
+            self.tell_refusals()
+
+    def _fill(
+        self,
+        jobs: Sequence[FillJob],
+        room: int,
+        pool: ThreadPoolExecutor,
+        make: Callable[[int], None],
+        hand_over: Callable[[int], None],
+        meanwhile: Callable[[], None] | None,
+    ) -> None:
+        """``make`` each job and ``hand_over`` it, with up to ``room`` bytes under way."""
+        waiting = deque(range(len(jobs)))
+        running: dict[Future[None], int] = {}
+        while waiting or running or meanwhile is not None:
+            while waiting and len(running) < AHEAD * self.threads:
+                index = waiting[0]
+                if running and jobs[index].nbytes + sum(jobs[number].nbytes for number in running.values()) > room:
+                    break
+                if jobs[index].on_calling_thread:
+                    make(index)
+                    hand_over(index)
+                else:
+                    running[pool.submit(make, index)] = index
+                waiting.popleft()
+            if meanwhile is not None:
+                work, meanwhile = meanwhile, None
+                work()
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                index = running.pop(future)
+                future.result()
+                hand_over(index)
 
     def _make(self, job: FillJob) -> HostSegment | None:
         segment: HostSegment | None = None

@@ -78,13 +78,15 @@ class EncodedTensor(torch.Tensor):
         """Raises Corrupt where the bytes, or those ``copied`` from them, are not those that were written to the file. Other bytes than
         the tensor's own, which may be thrown away, do not spare it being verified again."""
         if self.checksum is not None:
-            found = checksum_of((self._written() if copied is None else copied).cpu())
+            data = (self._written() if copied is None else copied).cpu()
+            found = checksum_of(data)
             if found != self.checksum:
                 self._chunks = None  # the file may be mended
                 raise Corrupt(
                     f"{self.path} is damaged: the checksum of its encoded bytes is {found:08x}, not {self.checksum:08x}. "
                     "Download or copy the file again"
                 )
+            self._chunks = self._read_chunks(data)  # a file that was mended since had another table
             if copied is None:
                 self.checksum = None
 
@@ -98,8 +100,11 @@ class EncodedTensor(torch.Tensor):
     def chunks(self) -> Chunks:
         """Where its chunks lie; its table is read once. Raises Corrupt."""
         if self._chunks is None:
-            self._chunks = read_chunks(self.encoded.cpu(), self.numel() * self.element_size(), self.chunk, self.path)
+            self._chunks = self._read_chunks(self.encoded.cpu())
         return self._chunks
+
+    def _read_chunks(self, data: torch.Tensor) -> Chunks:
+        return read_chunks(data, self.numel() * self.element_size(), self.chunk, self.path)
 
     @property
     def replaced(self) -> torch.Tensor | None:

@@ -1,18 +1,23 @@
 """Weights that come encoded from a file: streamed as they are, verified before anything of them is decoded."""
 
 import copy
+import os
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from intelligent_vram.vram import Patches, arena, attach
+from intelligent_vram.quant.lossless import compress_file
+from intelligent_vram.vram import LimitTooSmall, Patches, arena, attach
 from intelligent_vram.vram.codec import CHUNK, Corrupt, codec_for, kind_of, room_for
 from intelligent_vram.vram.encoded import EncodedTensor, checksum_of, is_encoded
+from intelligent_vram.vram.encoded_file import load_encoded
 from intelligent_vram.vram.layout import TensorSpec
+from intelligent_vram.vram.mapped_files import MAPS, FileCutOff
 from intelligent_vram.vram.plan import MODES
 from intelligent_vram.vram.unit_coding import copy_encoded, plan_encoded
 from intelligent_vram.vram.weights import Weights
+from safetensors.torch import save_file
 from torch import nn
 
 from .models import contents
@@ -164,7 +169,8 @@ def test_what_did_not_fit_encoded_is_given_back_before_all_is_packed_plain(monke
             made.append(weakref.ref(self))
 
     def lay_out(self, lossless, rates=None):
-        left.append(sum(segment() is not None for segment in made))
+        packed = 0 if self.packed is None else sum(segment.packed for segment in self.packed._segments)
+        left.append(sum(segment() is not None for segment in made) - packed)
         return lay_out_again(self, lossless, rates)
 
     monkeypatch.setattr(arena, "HostSegment", Segment)
@@ -177,3 +183,31 @@ def test_what_did_not_fit_encoded_is_given_back_before_all_is_packed_plain(monke
     assert left == [0, 0]
     assert len(made) > len(swap.packed.layers) // 2
     swap.detach()
+
+
+@torch.no_grad()
+def test_a_file_that_was_mended_before_it_was_verified_is_read_anew():
+    model, x = big(), torch.randn(2, 256).bfloat16()
+    wanted = model(x)
+    table = encode_all(model).blocks[1][0].weight.encoded[:1]
+    table ^= 2  # a chunk is 2 bytes longer or shorter, and all lie where they did
+    with pytest.raises(LimitTooSmall):
+        attach(model, replace(CONFIG, max_vram=1000), "cpu")
+    table ^= 2
+    swap = attach(model, CONFIG, "cpu")
+    assert torch.equal(model(x), wanted)
+    swap.detach()
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="which files are mapped is known on Linux only")
+@pytest.mark.parametrize("lossless", ["on", "off"])
+@torch.no_grad()
+def test_a_file_that_was_cut_off_is_told_before_its_tables_are_read(lossless, tmp_path):
+    model, plain, packed = big(), tmp_path / "plain.safetensors", tmp_path / "encoded.safetensors"
+    save_file(model.state_dict(), plain)
+    compress_file(plain, packed, torch.device("cpu"))
+    model.load_state_dict(load_encoded(packed)[0], assign=True)
+    os.truncate(packed, packed.stat().st_size // 8)
+    with pytest.raises(FileCutOff, match="was cut off"):
+        attach(model, replace(CONFIG, lossless=lossless), "cpu")
+    assert "forward" not in vars(model)

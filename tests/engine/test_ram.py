@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from intelligent_vram.vram import SwapConfig, attach
-from intelligent_vram.vram.arena import Arena, FillJob
+from intelligent_vram.vram.arena import AHEAD, Arena, FillJob
 from intelligent_vram.vram.host_budget import HostBudget, page_lockable, process_budget, ram
 from intelligent_vram.vram.page_lock import most_page_locked, registrar_for
 from intelligent_vram.vram.units import GIB
@@ -98,6 +98,24 @@ def test_other_work_is_done_once_while_threads_fill():
     assert sorted(order[1:]) == list(range(5))
     arena.fill([], lambda index, segment: order.append(index), lambda: order.append("work"))
     assert order[6:] == ["work"]
+
+
+def test_threads_are_only_so_far_ahead_of_what_is_taken():
+    ahead, lock, most = [0], threading.Lock(), [0]
+
+    def fill(buffer):
+        with lock:
+            ahead[0] += 1
+            most[0] = max(most[0], ahead[0])
+
+    def take(index, segment):
+        with lock:
+            ahead[0] -= 1
+
+    arena = Arena(CPU, threads=3, shared=HostBudget(1 << 60, Ram(available=1 << 40)))
+    begun = threading.Event()
+    arena.fill([FillJob(5000, fill, page_lock=False)] * 50, take, lambda: begun.wait(0.2))
+    assert 3 <= most[0] <= 3 * AHEAD
 
 
 def test_linux_sets_no_limit_windows_half_of_the_ram(monkeypatch):

@@ -188,7 +188,7 @@ def test_other_work_that_raises_while_threads_fill_leaves_nothing_page_locked(mo
 
     def cancel_and_count(future):
         result = cancel(future)
-        if next(calls) == len(jobs):
+        if next(calls) == len(jobs) - 3:
             over.set()
         return result
 
@@ -216,6 +216,41 @@ def test_threads_that_cannot_be_started_are_an_error_and_leave_no_claim(monkeypa
         with pytest.raises(RuntimeError, match="new thread"):
             attach_locked(model, Registrar(), shared)
     assert whole(model, before)
+
+
+@pytest.mark.parametrize("started", [0, 1, 2])
+def test_a_thread_that_does_not_start_leaves_no_claim_and_no_memory(started, monkeypatch, shared, nothing_left):
+    registrar, done, start, calls = Registrar(), [], threading.Thread.start, itertools.count()
+    arena = Arena(CPU, threads=3, registrar=registrar, shared=shared)
+    jobs = [FillJob(5000, lambda buffer: None, arena.claim(5000, 0)) for _ in range(6)]
+
+    def refuse(thread):
+        if next(calls) == started:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            arena.fill(jobs, lambda index, segment: done.append(segment))
+    while done:
+        arena.drop(done.pop())
+    gc.collect()
+    assert (shared.locked, shared.pending, shared.held, arena.page_locked_bytes) == (0, 0, 0, 0)
+    assert registrar.ranges == {}
+
+
+def test_when_the_system_does_not_tell_its_ram_no_claim_is_left(monkeypatch, shared, nothing_left):
+    arena = Arena(CPU, threads=3, registrar=Registrar(), shared=shared)
+    jobs = [FillJob(5000, lambda buffer: None, arena.claim(5000, 0)) for _ in range(6)]
+
+    def fail():
+        raise OSError("the system does not tell")
+
+    monkeypatch.setattr(shared, "ram", fail)
+    with pytest.raises(OSError, match="does not tell"):
+        arena.fill(jobs, pytest.fail)
+    assert (shared.locked, shared.pending) == (0, 0)
 
 
 @pytest.mark.parametrize("at", [0, 1, 4])
