@@ -190,7 +190,7 @@ class NvcompCodec:
         return chunks
 
     def decode(self, encoded: torch.Tensor, chunks: Chunks, target: torch.Tensor, name: str = "a tensor") -> None:
-        step = PIECE // chunks.chunk
+        step, places = PIECE // chunks.chunk, _places((0, 0, chunks))
         with torch.inference_mode(), torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device)
             for first in range(0, chunks.count, step):
@@ -200,8 +200,7 @@ class NvcompCodec:
                 start, stop = first * chunks.chunk, min(chunks.nbytes, (last + 1) * chunks.chunk)
                 source = encoded[begin:end].to(self.device)
                 out = target[start:stop] if target.is_cuda else _uint8(stop - start, self.device)
-                places = _places([(-begin, -start, chunks)])[:, first : last + 1]
-                (part,) = self._upload([places])
+                (part,) = self._upload([places[:, first : last + 1] - [[begin], [0], [start], [0]]])
                 part.decode(source, out, None, stream)
                 damaged = part.damaged()
                 if damaged is not None:
@@ -211,7 +210,8 @@ class NvcompCodec:
                     ctypes.memmove(target.data_ptr() + start, bounce.data_ptr(), stop - start)
 
     def batches(self, units: Sequence[Sequence[Part]]) -> list[NvcompBatch]:
-        return self._upload([_places(parts) for parts in units])
+        none = numpy.zeros((4, 0), numpy.int64)
+        return self._upload([numpy.concatenate([none, *map(_places, parts)], axis=1) for parts in units])
 
     def _upload(self, places: Sequence[numpy.ndarray]) -> list[NvcompBatch]:
         """A batch for each of ``places``, see ``_places``: by one copy for all of them, because each is waited for."""
@@ -227,18 +227,11 @@ class NvcompCodec:
         return [NvcompBatch(self, *tensors, scratch) for tensors in rows]
 
 
-def _places(parts: Sequence[Part]) -> numpy.ndarray:
+def _places(part: Part) -> numpy.ndarray:
     """int64 [4, count]: where each chunk lies in the buffer of encoded ones, its encoded size, where it goes in the buffer of plain
     ones, its plain size."""
-    table = [(at, to, chunks.nbytes, chunks.chunk, chunks.count) for at, to, chunks in parts]
-    at, to, nbytes, chunk, counts = numpy.array(table, numpy.int64).reshape(-1, 5).T
-    first = numpy.repeat(numpy.cumsum(counts) - counts, counts)
-    at, to, nbytes, chunk = (numpy.repeat(values, counts) for values in (at, to, nbytes, chunk))
-    none = numpy.zeros(0, numpy.int64)
-    offsets = numpy.concatenate([none, *(chunks.offsets for *_, chunks in parts)])
-    sizes = numpy.concatenate([none, *(chunks.sizes for *_, chunks in parts)])
-    begin = (numpy.arange(len(sizes)) - first) * chunk
-    return numpy.stack((at + offsets, sizes, to + begin, numpy.minimum(chunk, nbytes - begin)))
+    at, to, chunks = part
+    return numpy.stack((at + chunks.offsets, chunks.sizes, to + chunks.plain_offsets, chunks.plain_sizes))
 
 
 class _Piece:

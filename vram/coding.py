@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -23,9 +23,9 @@ from .codec_nvcomp import is_installed
 from .config import LOSSLESS as CHOICES
 from .discover import Layer
 from .encoded import EncodedTensor, is_encoded
-from .encoding import Made, Workers, thread_count
+from .encoding import Made, Workers, leaves_of, thread_count
 from .host_budget import process_budget
-from .layout import align, leaves
+from .layout import align
 from .mapped_files import files_behind
 from .patches import Progress
 from .unit_coding import parts_of
@@ -69,7 +69,7 @@ class Coding:
         Raises NoCodec for "on" where nvCOMP is missing, and for weights that come encoded and cannot be decoded here. On an
         error the model is to be given to ``decode``.
         """
-        encoded = [leaf.encoded for layer in layers for leaf in _leaves(layer) if is_encoded(leaf)]
+        encoded = [leaf.encoded for layer in layers for leaf in leaves_of(layer) if is_encoded(leaf)]
         for file in files_behind(encoded) if encoded else ():
             file.check()  # tables of chunks are read from it soon
         codec = self._codec(choice if rates is None else ON)
@@ -214,12 +214,8 @@ class Coding:
         return bool(found)
 
 
-def _leaves(layer: Layer) -> Iterator[torch.Tensor]:
-    return (leaf for slotted in layer.tensors for leaf in leaves(slotted.tensor))
-
-
 def _has_plain(layer: Layer) -> bool:
-    return any(not is_encoded(leaf) for leaf in _leaves(layer))
+    return any(not is_encoded(leaf) for leaf in leaves_of(layer))
 
 
 def decode_all(tensors: Sequence[EncodedTensor], device: torch.device) -> None:
@@ -298,7 +294,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 
 def foreign(layers: Sequence[Layer], codec: str | None) -> list[torch.Tensor]:
     """The encoded weights of layers that are not encoded by ``codec``."""
-    return [leaf for layer in layers for leaf in _leaves(layer) if is_encoded(leaf) and leaf.codec != codec]
+    return [leaf for layer in layers for leaf in leaves_of(layer) if is_encoded(leaf) and leaf.codec != codec]
 
 
 def swap(tensor: torch.Tensor, replacement: torch.Tensor) -> torch.Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -41,6 +41,11 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     if tuple(tensor.stride()) != spec.stride or tensor.is_conj() or tensor.is_neg():
         tensor = torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=tensor.device).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def leaves_of(layer: Layer) -> Iterator[torch.Tensor]:
+    """The tensors that the weights of a layer are made of, see ``layout.leaves``."""
+    return (leaf for slotted in layer.tensors for leaf in leaves(slotted.tensor))
 
 
 def _most(nbytes: int) -> int:
@@ -87,7 +92,7 @@ class Workers:
     def measure(self, layer: Layer) -> Rates | None:
         """The rates of this card and link, from encoding a part of a layer's largest weight, which takes little memory: a
         limit may leave no more. None where that is too small to say, or would not be encoded."""
-        leaf = max((leaf for slotted in layer.tensors for leaf in leaves(slotted.tensor)), key=lambda leaf: leaf.nbytes)
+        leaf = max(leaves_of(layer), key=lambda leaf: leaf.nbytes)
         if leaf.nbytes < MEASURABLE or is_encoded(leaf) or not _can_be_encoded(leaf):
             return None
         found = self._encode(leaf, SAMPLE)

@@ -9,6 +9,7 @@ import torch
 
 from .discover import Layer, Slotted
 from .encoded import is_encoded
+from .encoding import leaves_of
 from .host_memory import HostSegment
 from .layout import CannotPack, Entry, align, flatten, leaves, plain_tensors, plan_tensor
 from .plan import arrange
@@ -110,7 +111,7 @@ def lay_out(layers: Sequence[Layer]) -> tuple[list[PackedLayer], list[tuple[Slot
     laid_out, left_out = [], []
     for layer in layers:
         entries, nbytes, size = [], 0, 0
-        coded = any(is_encoded(leaf) for slotted in layer.tensors for leaf in leaves(slotted.tensor))
+        coded = any(is_encoded(leaf) for leaf in leaves_of(layer))
         for slotted in layer.tensors:
             try:
                 parts, rebuild = flatten(slotted.tensor, decode=False)

@@ -101,21 +101,25 @@ def test_other_work_is_done_once_while_threads_fill():
 
 
 def test_threads_are_only_so_far_ahead_of_what_is_taken():
-    ahead, lock, most = [0], threading.Lock(), [0]
+    ahead, lock, most, filled = [0], threading.Lock(), [0], threading.Semaphore(0)
 
     def fill(buffer):
         with lock:
             ahead[0] += 1
             most[0] = max(most[0], ahead[0])
+        filled.release()
+
+    def wait_for_all_that_may_be():
+        for _ in range(3 * AHEAD):
+            assert filled.acquire(timeout=20)
 
     def take(index, segment):
         with lock:
             ahead[0] -= 1
 
     arena = Arena(CPU, threads=3, shared=HostBudget(1 << 60, Ram(available=1 << 40)))
-    begun = threading.Event()
-    arena.fill([FillJob(5000, fill, page_lock=False)] * 50, take, lambda: begun.wait(0.2))
-    assert 3 <= most[0] <= 3 * AHEAD
+    arena.fill([FillJob(5000, fill, page_lock=False)] * 50, take, wait_for_all_that_may_be)
+    assert most[0] == 3 * AHEAD
 
 
 def test_linux_sets_no_limit_windows_half_of_the_ram(monkeypatch):
