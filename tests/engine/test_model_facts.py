@@ -5,7 +5,6 @@ import random
 import re
 import struct
 import sys
-import time
 import tracemalloc
 from itertools import product
 
@@ -25,6 +24,7 @@ from torch import nn
 
 from ..host.checkpoints import write_hunyuan, write_wan
 from ..host.wanvideo import write_quantized
+from .counting import counted
 from .models import CASES, STANDARD, WIDTH, AttentionBlock, Block, Transformer, TwoLists, build
 
 TINY = WanConfig(dim=256, ffn_dim=640, num_heads=2, num_layers=5, text_dim=96)
@@ -551,15 +551,13 @@ HOSTILE = {
 
 
 def refused(path):
-    """The message of a refusal that took little time and memory, and is short."""
+    """The message of a refusal that took little work and memory, and is short."""
     tracemalloc.start()
-    started = time.perf_counter()
-    with pytest.raises(ModelUnreadable) as refusal:
+    with pytest.raises(ModelUnreadable) as refusal, counted() as lines:
         read_model(path)
-    seconds = time.perf_counter() - started
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert seconds < 0.5  # under tracemalloc, on a machine that does other things; alone some milliseconds
+    assert lines() < 10_000
     assert peak < 40 * MIB
     assert len(str(refusal.value)) < 1000
     assert str(path) in str(refusal.value)
@@ -664,10 +662,9 @@ def test_a_gguf_header_without_end_in_a_large_file_is_left_early(tmp_path):
         array = gguf_text(b"a") + struct.pack("<IIQ", 9, 8, 2**40)  # of 2**40 texts, each empty
         file.write(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + array)
         file.truncate(28 * 1000**3)
-    started = time.perf_counter()
-    with pytest.raises(ModelUnreadable, match="more than 500000 names and texts"):
+    with pytest.raises(ModelUnreadable, match="more than 500000 names and texts"), counted() as lines:
         read_model(path)
-    assert time.perf_counter() - started < 5
+    assert lines() < 20_000_000  # 16 for each that is read
 
 
 @given(seed=st.integers(0, 2**32), gguf=st.booleans())

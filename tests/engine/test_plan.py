@@ -1,6 +1,5 @@
 """What planning promises for any model, any budget and any timing; nothing here touches a device."""
 
-import time
 from functools import lru_cache
 from itertools import groupby, pairwise
 
@@ -31,6 +30,8 @@ from intelligent_vram.vram.plan import (
 )
 from intelligent_vram.vram.units import MIB
 from intelligent_vram.vram.windows import Use, issue_windows, smallest_cap
+
+from .counting import counted
 
 SIZES = st.integers(1, 40).map(lambda size: size * 512)
 
@@ -119,9 +120,9 @@ def test_single_layers_are_a_unit_each():
 
 def test_a_segment_of_300_layers_is_cut_without_keeping_the_user_waiting():
     layers = [LayerSize(512 * (2000 + index * 37 % 91), 0, 0) for index in range(300)]
-    started = time.perf_counter()
-    cut(layers, 300 * MIB)
-    assert time.perf_counter() - started < 0.25
+    with counted() as lines:
+        cut(layers, 300 * MIB)
+    assert lines() < 50_000
 
 
 # -- arrange -----------------------------------------------------------------------------------------------------------

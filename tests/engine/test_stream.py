@@ -1,6 +1,5 @@
 """In steady state every streamed unit is copied once per forward, in the order of use, before it is needed."""
 
-import time
 from collections import Counter
 
 import pytest
@@ -15,6 +14,7 @@ from intelligent_vram.vram.stream import Streamer, StreamUnit
 from intelligent_vram.vram.telemetry import Telemetry
 from torch import nn
 
+from .counting import counted
 from .models import CASES, Transformer, build, inputs, outputs, smallest_limit, wanted_outputs, weight_bytes
 
 SMALL = 9000
@@ -239,17 +239,19 @@ def test_only_the_last_records_are_kept():
 
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_the_engine_costs_the_host_little_time_a_layer(mode):
-    """200 layers; the budget of 0.5 ms a layer is ten times what it takes here."""
+def test_the_engine_costs_the_host_little_work_a_layer(mode):
+    """The time that it takes is printed by benchmarks/block_swap.py."""
     model, x = Transformer(lambda: nn.Linear(32, 32), 200), inputs()
-    model(x)
+    with counted() as lines:
+        model(x)
     swap = attach(model, SwapConfig(mode=mode, block_size=SMALL, streamed_blocks=200), "cpu")
     for _ in range(2):
         model(x)
-    started = time.perf_counter()
-    model(x)
-    assert time.perf_counter() - started < 0.1
-    assert swap.telemetry.last().host_seconds < 0.1
+    with counted() as streamed:
+        model(x)
+    swap.detach()
+    print(mode, (streamed() - lines()) / 200)
+    assert streamed() - lines() < 600 * 200
 
 
 @torch.no_grad()
