@@ -74,6 +74,18 @@ def test_a_damaged_weight_is_found_before_it_is_decoded_and_named(budget, damage
     assert all(tensor.encoded is kept[name] for name, tensor in model.named_parameters() if is_encoded(tensor))
 
 
+@pytest.mark.parametrize("budget", [None, 0])
+@torch.no_grad()
+def test_bytes_behind_the_last_chunk_are_damage(budget):
+    model = encode_all(big())
+    layer = model.blocks[1][0]
+    longer = layer.weight.over(torch.cat((layer.weight.encoded, torch.zeros(9000, dtype=torch.uint8))))
+    longer.checksum = checksum_of(longer.encoded)
+    layer.weight = nn.Parameter(longer, requires_grad=False)
+    with pytest.raises(Corrupt, match="w is damaged"):
+        attach(model, replace(CONFIG, host_budget=budget), "cpu")
+
+
 @pytest.mark.parametrize("stop", [False, True])
 @torch.no_grad()
 def test_what_stays_in_its_file_is_verified_with_progress_and_can_be_interrupted(stop):

@@ -250,7 +250,6 @@ def test_the_engine_costs_the_host_little_work_a_layer(mode):
     with counted() as streamed:
         model(x)
     swap.detach()
-    print(mode, (streamed() - lines()) / 200)
     assert streamed() - lines() < 600 * 200
 
 
