@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 
 DEVICE = torch.device("cuda", 0)
 SET_UPS = {"plain": "a plain file", "then": "a plain file, encoded then", "encoded": "an encoded file"}
+FIRST = 1024  # tokens of the first forward after setting up
 SETTLING = 3 * SETTLED  # forwards after which the engine has made its choices
 
 
@@ -136,9 +137,15 @@ def make_files(config: WanConfig, plain: Path, packed: Path) -> None:
     )
 
 
-def set_up(config: WanConfig, plain: Path, packed: Path, kind: str) -> tuple[float, int, int]:
-    """Seconds, bytes of the arena, bytes of RAM that loading and attaching the model take; see SET_UPS."""
-    torch.zeros(1, device=DEVICE)  # the process' own start is not what is measured
+def set_up(config: WanConfig, plain: Path, packed: Path, kind: str) -> tuple[float, float, int, int]:
+    """Seconds, those until a first forward of FIRST tokens is over, too, bytes of the arena, bytes of RAM that loading and attaching
+    the model take; see SET_UPS."""
+    inputs = sample_inputs(config, FIRST, torch.bfloat16, DEVICE, seed=1)
+    warm = random_model(replace(config, num_layers=1), torch.bfloat16, DEVICE)
+    warm(*inputs)  # the process' own start is not what is measured
+    del warm
+    gc.collect()
+    torch.cuda.synchronize()
     base = ram()
     start = time.perf_counter()
     model = meta_model(config)
@@ -146,8 +153,11 @@ def set_up(config: WanConfig, plain: Path, packed: Path, kind: str) -> tuple[flo
     lossless = "off" if kind == "plain" else "on"
     swap = attach(model, SwapConfig(mode="chunkwise", streamed_blocks=config.num_layers, lossless=lossless), DEVICE)
     seconds = time.perf_counter() - start
-    gc.collect()
-    return seconds, swap.packed.host_bytes, ram() - base
+    taken = ram() - base
+    start = time.perf_counter()
+    model(*inputs)
+    torch.cuda.synchronize()
+    return seconds, seconds + time.perf_counter() - start, swap.packed.host_bytes, taken
 
 
 def from_files(args: argparse.Namespace) -> None:
@@ -159,17 +169,19 @@ def from_files(args: argparse.Namespace) -> None:
         return subprocess.run([*own, *more], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
     print(run("--set-up", "make"))
-    found: dict[str, list[tuple[float, int, int]]] = {kind: [] for kind in SET_UPS}
+    found: dict[str, list[tuple[float, float, int, int]]] = {kind: [] for kind in SET_UPS}
     for _ in range(args.rounds):
         for kind, results in found.items():
-            seconds, arena, taken = run("--set-up", kind).split()
-            results.append((float(seconds), int(arena), int(taken)))
-    plain = statistics.median(seconds for seconds, _, _ in found["plain"])
+            seconds, forward, arena, taken = run("--set-up", kind).split()
+            results.append((float(seconds), float(forward), int(arena), int(taken)))
+    plain = [statistics.median(column) for column in zip(*found["plain"], strict=True)]
     for kind, results in found.items():
-        middle = statistics.median(seconds for seconds, _, _ in results)
+        seconds, forward, arena, taken = (statistics.median(column) for column in zip(*results, strict=True))
         print(
-            f"{SET_UPS[kind]:27} {middle:6.2f} s ({', '.join(f'{seconds:.2f}' for seconds, _, _ in results)}), of plain "
-            f"{middle / plain:.3f}, arena {results[0][1] / GIB:.2f} GiB, RAM {results[0][2] / GIB:+.2f} GiB",
+            f"{SET_UPS[kind]:27} {seconds:6.2f} s ({', '.join(f'{result[0]:.2f}' for result in results)}), of plain "
+            f"{seconds / plain[0]:.3f}; with a first forward {forward:.2f} s "
+            f"({', '.join(f'{result[1]:.2f}' for result in results)}), of plain {forward / plain[1]:.3f}; arena "
+            f"{arena / GIB:.2f} GiB, RAM {taken / GIB:+.2f} GiB",
             flush=True,
         )
 

@@ -78,7 +78,8 @@ class Decoder:
 
     def decode(self, unit: StreamUnit, buffer: Buffer, slot: Slot, copy: Copy) -> None:
         """Queue the decoding of ``unit`` from ``buffer`` into ``slot``, behind ``copy`` and the compute that last used the
-        slot. ``copy.ready`` is recorded behind it."""
+        slot. ``copy.ready`` is recorded behind it. Raises Corrupt."""
+        unit.coding.verified()
         link, stream = self.link, self.stream
         link.stream_waits_for(stream, copy.end)
         if slot.free is not None:

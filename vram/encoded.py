@@ -74,11 +74,10 @@ class EncodedTensor(torch.Tensor):
         self._own = self.untyped_storage()  # kept, so that its address is no other's
         self._chunks: Chunks | None = None
 
-    def verify(self, copied: torch.Tensor | None = None) -> None:
-        """Raises Corrupt where the bytes, or those ``copied`` from them, are not those that were written to the file. Other bytes than
-        the tensor's own, which may be thrown away, do not spare it being verified again."""
+    def verify(self) -> None:
+        """Raises Corrupt where the bytes are not those that were written to the file."""
         if self.checksum is not None:
-            data = (self._written() if copied is None else copied).cpu()
+            data = self._written().cpu()
             found = checksum_of(data)
             if found != self.checksum:
                 self._chunks = None  # the file may be mended
@@ -87,8 +86,7 @@ class EncodedTensor(torch.Tensor):
                     "Download or copy the file again"
                 )
             self._chunks = self._read_chunks(data)  # a file that was mended since had another table
-            if copied is None:
-                self.checksum = None
+            self.checksum = None
 
     def _written(self) -> torch.Tensor:
         """The bytes that were written to the file: where the memory is a packed copy's, there is more behind them."""
@@ -102,6 +100,10 @@ class EncodedTensor(torch.Tensor):
         if self._chunks is None:
             self._chunks = self._read_chunks(self.encoded.cpu())
         return self._chunks
+
+    def read_again(self, copied: torch.Tensor) -> None:
+        """Its bytes were ``copied``: what counts is the table there. Raises Corrupt."""
+        self._chunks = self._read_chunks(copied)
 
     def _read_chunks(self, data: torch.Tensor) -> Chunks:
         return read_chunks(data, self.numel() * self.element_size(), self.chunk, self.path)

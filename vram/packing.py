@@ -25,6 +25,7 @@ from .segments import PackedEntry, PackedLayer, Segment, into_segments, lay_out
 from .staging import Piece
 from .unit_coding import UnitCoding, copy_encoded, encode_part, unit_codings
 from .units import format_bytes
+from .verification import Verification
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class PackedModel:
         self.arena = Arena(device, budget, registrar=registrar, shared=shared)
         self.offload = offload
         self.coding = Coding(device)
+        self._verification = Verification()
         self.torn = False
         self.layers, self.left_out = lay_out(layers)
         self._segments = into_segments(self.layers, segment_bytes)
@@ -110,6 +112,7 @@ class PackedModel:
         needed for patched weights and there is none, and what ``patches``, ``progress`` and ``meanwhile`` raise.
         """
         with self._lock:
+            self._verification.end()
             self._files = self._files_below()
             self._check_files()
             written = self._repack(patches)
@@ -117,6 +120,7 @@ class PackedModel:
             written += away + self._pack_waiting(patches, progress, away, meanwhile)
             self._files = self._files_below()
             self.torn = False
+            self._verification.begin(self._segments)
             return written
 
     def _pack_away(self, patches: Patches, progress: Progress | None) -> int:
@@ -379,10 +383,12 @@ class PackedModel:
             (self.layers[first:last], None if host is None else host.buffer)
             for (first, last), host in zip(units, hosts, strict=True)
         ]
-        return unit_codings(places, self.arena.device)
+        verified = [self._verification.of(self.layers[first].segment) for first, _ in units]
+        return unit_codings(places, self.arena.device, verified)
 
     def close(self) -> None:
         """Unregister the page-locked memory, and give back another card's. The weights stay in RAM, as ordinary memory."""
+        self._verification.end(cancel=True)
         self._lender.close()
         if self.away_bytes:
             for segment in self._segments:

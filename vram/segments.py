@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .discover import Layer, Slotted
-from .encoded import is_encoded
+from .encoded import EncodedTensor, is_encoded
 from .encoding import leaves_of
 from .host_memory import HostSegment
 from .layout import CannotPack, Entry, align, flatten, leaves, plain_tensors, plan_tensor
@@ -29,9 +29,6 @@ class PackedEntry:
         for spec, inner in zip(self.entry.specs, plain_tensors(self.entry.host), strict=True):
             with torch.inference_mode(inner.is_inference()):
                 inner.data = spec.shifted(-start).view(host.buffer_for(inner))
-        for leaf in leaves(self.entry.host):
-            if is_encoded(leaf):
-                leaf.checksum = None  # its bytes are now those that were verified there
         self.inner = parts_of(self.entry.host)
 
     def leave(self) -> None:
@@ -99,6 +96,13 @@ class Segment:
     def leaves(self) -> Iterator[torch.Tensor]:
         """The tensors that the weights are made of, see ``layout.leaves``."""
         return (leaf for layer in self.layers for packed in layer.entries for leaf in leaves(packed.entry.host))
+
+    @property
+    def unverified(self) -> list[EncodedTensor]:
+        """The encoded weights that lie in it as they came from a file, and were not compared with their checksums yet."""
+        entries = [packed for layer in self.layers for packed in layer.entries if packed.signature is None]
+        parts = [leaf for packed in entries for leaf in leaves(packed.entry.host) if is_encoded(leaf)]
+        return [leaf for leaf in parts if leaf.checksum is not None] if self.host is not None else []
 
     @property
     def parts(self) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,14 +38,13 @@ def plan_encoded(tensor: EncodedTensor, offset: int) -> TensorSpec:
 
 
 def copy_encoded(spec: TensorSpec, tensor: EncodedTensor, buffer: torch.Tensor) -> None:
-    """Encoded bytes into their place in ``buffer``, without holding the GIL. Raises Corrupt. They are verified there: in a file's
-    mapping the processor takes longer to find them, because its pages are small."""
+    """Encoded bytes into their place in ``buffer``, without holding the GIL. They are verified there, later. Raises Corrupt."""
     nbytes = tensor.chunks().encoded
     if nbytes > spec.nbytes:
         raise Corrupt(f"{tensor.path} has changed since it got its place; load the model again")
     place = buffer[spec.offset : spec.offset + nbytes]
     ctypes.memmove(place.data_ptr(), tensor.encoded.data_ptr(), nbytes)
-    tensor.verify(place)
+    tensor.read_again(place)
 
 
 def encode_part(
@@ -59,23 +58,27 @@ def encode_part(
 
 @dataclass(frozen=True)
 class UnitCoding:
-    """How the bytes of a unit, as they cross the link, become its slot. ``moves``: plain runs in between: from, to, bytes."""
+    """How the bytes of a unit, as they cross the link, become its slot. ``moves``: plain runs in between: from, to, bytes.
+    ``verified`` waits until they may be decoded, and raises Corrupt."""
 
     batch: Batch
     moves: tuple[tuple[int, int, int], ...]
+    verified: Callable[[], object]
 
 
 def unit_codings(
-    units: Sequence[tuple[Sequence[PackedLayer], torch.Tensor | None]], device: torch.device
+    units: Sequence[tuple[Sequence[PackedLayer], torch.Tensor | None]],
+    device: torch.device,
+    verified: Sequence[Callable[[], object]],
 ) -> list[UnitCoding | None]:
     """The coding of each unit: consecutive layers of a segment, and what they are packed in, or None if they are not packed yet.
-    None where no layer is encoded."""
+    None where no layer is encoded. ``verified``: of each, see UnitCoding."""
     encoded = [number for number, (layers, _) in enumerate(units) if any(layer.is_encoded for layer in layers)]
     codings: list[UnitCoding | None] = [None] * len(units)
     if encoded:
         parts, moves = zip(*(_places(*units[number]) for number in encoded), strict=True)
         for number, batch, plain in zip(encoded, codec_for(device).batches(parts), moves, strict=True):
-            codings[number] = UnitCoding(batch, plain)
+            codings[number] = UnitCoding(batch, plain, verified[number])
     return codings
 
 

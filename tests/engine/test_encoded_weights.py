@@ -2,14 +2,18 @@
 
 import copy
 import os
+import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import pytest
 import torch
 from intelligent_vram.quant.lossless import compress_file
-from intelligent_vram.vram import LimitTooSmall, Patches, arena, attach
+from intelligent_vram.vram import LimitTooSmall, Patches, arena, attach, verification
 from intelligent_vram.vram.codec import CHUNK, Corrupt, codec_for, kind_of, room_for
+from intelligent_vram.vram.decoding import Decoder
 from intelligent_vram.vram.encoded import EncodedTensor, checksum_of, is_encoded
 from intelligent_vram.vram.encoded_file import load_encoded
 from intelligent_vram.vram.layout import TensorSpec
@@ -64,14 +68,73 @@ def test_weights_that_come_encoded_are_streamed_as_the_choice_says(lossless, mod
 @pytest.mark.parametrize("damage", [0, 70_000, -1])
 @pytest.mark.parametrize("budget", [None, 0, 300_000])
 @torch.no_grad()
-def test_a_damaged_weight_is_found_before_it_is_decoded_and_named(budget, damage):
-    model = encode_all(big())
+def test_a_damaged_weight_is_found_before_it_is_decoded_and_named(budget, damage, monkeypatch):
+    model, x, decoded = encode_all(big()), torch.randn(2, 256).bfloat16(), []
     model.blocks[2][1].weight.encoded[damage] ^= 1
-    kept = {name: tensor.encoded for name, tensor in model.named_parameters() if is_encoded(tensor)}
-    with pytest.raises(Corrupt, match="w is damaged"):
-        attach(model, replace(ON, mode="chunkwise", streamed_blocks=3, host_budget=budget), "cpu")
+    kept = {name: tensor.encoded.clone() for name, tensor in model.named_parameters() if is_encoded(tensor)}
+    decode = Decoder.decode
+    monkeypatch.setattr(Decoder, "decode", lambda *args: (decode(*args), decoded.append(args[1].index)))
+    if budget is not None:  # then it stays in its file
+        with pytest.raises(Corrupt, match="w is damaged"):
+            attach(model, replace(CONFIG, host_budget=budget), "cpu")
+    else:
+        swap = attach(model, replace(CONFIG, host_budget=budget), "cpu")
+        for _ in range(2):
+            with pytest.raises(Corrupt, match="w is damaged"):
+                model(x)
+        swap.detach()
+    assert 5 not in decoded
     assert "forward" not in vars(model)
-    assert all(tensor.encoded is kept[name] for name, tensor in model.named_parameters() if is_encoded(tensor))
+    encoded = {name: tensor.encoded for name, tensor in model.named_parameters() if is_encoded(tensor)}
+    assert all(torch.equal(encoded[name][: len(before)], before) for name, before in kept.items())
+
+
+@torch.no_grad()
+def test_a_unit_waits_until_it_is_verified_and_no_longer(monkeypatch):
+    model, x = encode_all(big()), torch.randn(2, 256).bfloat16()
+    wanted = copy.deepcopy(model)(x)
+    verify, go, begun = EncodedTensor.verify, threading.Event(), threading.Event()
+    held = model.blocks[2][0].weight
+
+    def wait_and_verify(tensor):
+        if tensor is held:
+            begun.set()
+            assert go.wait(60)
+        verify(tensor)
+
+    monkeypatch.setattr(EncodedTensor, "verify", wait_and_verify)
+    swap, reached = attach(model, CONFIG, "cpu"), []
+    model.blocks[1].register_forward_hook(lambda *_: reached.append(True))
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(torch.no_grad()(model), x)
+        assert begun.wait(60)
+        assert not wait([future], 0.2).done
+        go.set()
+        assert torch.equal(future.result(60), wanted)
+    assert reached
+    assert all(layer.weight.checksum is None for block in model.blocks for layer in block)
+    swap.detach()
+
+
+@torch.no_grad()
+def test_what_was_not_verified_when_the_model_was_taken_off_is_when_it_is_attached_again(monkeypatch):
+    model, x = encode_all(big()), torch.randn(2, 256).bfloat16()
+    wanted = copy.deepcopy(model)(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "thread_count", lambda: 1)
+        patch.setattr(EncodedTensor, "verify", lambda tensor: time.sleep(0.2))
+        packed = attach(model, CONFIG, "cpu").detach(keep_encoded=True)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("intelligent-vram-verify")]
+    damaged = model.blocks[1][1].weight
+    damaged.encoded[-damaged.encoded.nbytes // 2] ^= 1
+    swap = attach(model, CONFIG, "cpu", packed=packed)
+    with pytest.raises(Corrupt, match="w is damaged"):
+        model(x)
+    damaged.encoded[-damaged.encoded.nbytes // 2] ^= 1
+    packed = swap.detach(keep_encoded=True)
+    swap = attach(model, CONFIG, "cpu", packed=packed)
+    assert torch.equal(model(x), wanted)
+    swap.detach()
 
 
 @pytest.mark.parametrize("budget", [None, 0])
@@ -119,21 +182,25 @@ def test_what_stays_in_its_file_is_verified_with_progress_and_can_be_interrupted
 
 
 @torch.no_grad()
-def test_a_file_that_was_mended_can_be_attached():
+def test_a_weight_that_was_loaded_again_takes_the_place_of_a_damaged_one():
     model, x = big(), torch.randn(2, 256).bfloat16()
     wanted = model(x)
+    mended = encoded(model.blocks[1][0].weight)
     table = encode_all(model).blocks[1][0].weight.encoded[:4].view(torch.int32)
     table -= 64  # is possible, and wrong
-    with pytest.raises(Corrupt, match="w is damaged"):
-        attach(model, CONFIG, "cpu")
-    table += 64
     swap = attach(model, CONFIG, "cpu")
+    with pytest.raises(Corrupt, match="w is damaged"):
+        model(x)
+    packed = swap.detach(keep_encoded=True)
+    model.blocks[1][0].weight = mended
+    swap = attach(model, CONFIG, "cpu", packed=packed)
     assert torch.equal(model(x), wanted)
     swap.detach()
 
 
+@pytest.mark.parametrize("position", [0, -1])
 @torch.no_grad()
-def test_what_was_verified_in_memory_that_is_thrown_away_is_verified_again():
+def test_what_was_packed_before_setting_up_broke_off_is_verified_too(position):
     model = encode_all(big())
 
     def progress(done, total):
@@ -141,11 +208,13 @@ def test_what_was_verified_in_memory_that_is_thrown_away_is_verified_again():
 
     with pytest.raises(KeyboardInterrupt):
         attach(model, CONFIG, "cpu", progress=progress)
-    unpacked = [layer.weight for block in model.blocks for layer in block if layer.weight.checksum is not None]
-    assert len(unpacked) >= 4
-    unpacked[0].encoded[-1] ^= 1
+    weights = [layer.weight for block in model.blocks for layer in block]
+    assert all(weight.checksum is not None for weight in weights)
+    weights[position].encoded[0] ^= 1
+    swap = attach(model, CONFIG, "cpu")
     with pytest.raises(Corrupt, match="w is damaged"):
-        attach(model, CONFIG, "cpu")
+        model(torch.randn(2, 256).bfloat16())
+    swap.detach()
 
 
 @torch.no_grad()
