@@ -75,14 +75,15 @@ class EncodedTensor(torch.Tensor):
         self._chunks: Chunks | None = None
 
     def verify(self) -> None:
-        """Raises Corrupt where the bytes are not those that were written to the file."""
-        if self.checksum is not None:
+        """Raises Corrupt where the bytes are not those that were written to the file. Several threads may ask at once."""
+        wanted = self.checksum
+        if wanted is not None:
             data = self._written().cpu()
             found = checksum_of(data)
-            if found != self.checksum:
+            if found != wanted:
                 self._chunks = None  # the file may be mended
                 raise Corrupt(
-                    f"{self.path} is damaged: the checksum of its encoded bytes is {found:08x}, not {self.checksum:08x}. "
+                    f"{self.path} is damaged: the checksum of its encoded bytes is {found:08x}, not {wanted:08x}. "
                     "Download or copy the file again"
                 )
             self._chunks = self._read_chunks(data)  # a file that was mended since had another table

@@ -12,6 +12,7 @@ import pytest
 import torch
 from intelligent_vram.quant.lossless import compress_file
 from intelligent_vram.vram import LimitTooSmall, Patches, arena, attach, verification
+from intelligent_vram.vram import encoded as encoded_module
 from intelligent_vram.vram.codec import CHUNK, Corrupt, codec_for, kind_of, room_for
 from intelligent_vram.vram.decoding import Decoder
 from intelligent_vram.vram.encoded import EncodedTensor, checksum_of, is_encoded
@@ -114,6 +115,21 @@ def test_a_unit_waits_until_it_is_verified_and_no_longer(monkeypatch):
     assert reached
     assert all(layer.weight.checksum is None for block in model.blocks for layer in block)
     swap.detach()
+
+
+def test_a_weight_can_be_verified_by_two_threads_at_once(monkeypatch):
+    weight, calls = encoded(big().blocks[0][0].weight), []
+
+    def checksum_while_another_thread_verifies(data):
+        calls.append(data)
+        if len(calls) == 1:
+            weight.verify()
+        return checksum_of(data)
+
+    monkeypatch.setattr(encoded_module, "checksum_of", checksum_while_another_thread_verifies)
+    weight.verify()
+    assert len(calls) == 2
+    assert weight.checksum is None
 
 
 @torch.no_grad()
