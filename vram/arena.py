@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 FILL_THREADS = 16
 AHEAD = 2  # times as many segments as threads are filled, or about to be, before those that are ready are taken
+Meanwhile = Callable[[Callable[[], None]], None]  # see Arena.fill
 AT_ONCE = 8  # one part in so many of the free RAM is filled at the same time: what is replaced is released afterwards
 
 
@@ -116,13 +117,14 @@ class Arena:
         self,
         jobs: Sequence[FillJob],
         when_done: Callable[[int, HostSegment | None], None],
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> None:
         """Make, fill and page-lock a segment per job, as many at a time as there are threads: separate mappings are filled in
         parallel faster than parts of one. ``when_done(index, segment)`` is called on the calling thread as soon as a segment is
         ready, so that the memory that it replaces can be released; threads are somewhat ahead of it, if free RAM allows.
-        ``segment`` is None for an optional one that there was no memory for. ``meanwhile`` is called once, on the calling
-        thread, when the others have begun. Raises the first error of any copy; what was not handed over by then is released.
+        ``segment`` is None for an optional one that there was no memory for. ``meanwhile(go_on)`` is called once, on the calling
+        thread, when the others have begun; now and then it calls ``go_on()``, which takes what is ready, so that threads need not
+        wait. Raises the first error of any copy; what was not handed over by then is released.
         """
         begun: set[int] = set()
         made: dict[int, HostSegment | None] = {}
@@ -158,29 +160,42 @@ class Arena:
         pool: ThreadPoolExecutor,
         make: Callable[[int], None],
         hand_over: Callable[[int], None],
-        meanwhile: Callable[[], None] | None,
+        meanwhile: Meanwhile | None,
     ) -> None:
         """``make`` each job and ``hand_over`` it, with up to ``room`` bytes under way."""
         waiting = deque(range(len(jobs)))
         running: dict[Future[None], int] = {}
-        while waiting or running or meanwhile is not None:
+
+        def begin(own: bool) -> None:
             while waiting and len(running) < AHEAD * self.threads:
                 index = waiting[0]
                 if running and jobs[index].nbytes + sum(jobs[number].nbytes for number in running.values()) > room:
-                    break
-                if jobs[index].on_calling_thread:
+                    return
+                if not jobs[index].on_calling_thread:
+                    running[pool.submit(make, index)] = index
+                elif own:
                     make(index)
                     hand_over(index)
                 else:
-                    running[pool.submit(make, index)] = index
+                    return
                 waiting.popleft()
-            if meanwhile is not None:
-                work, meanwhile = meanwhile, None
-                work()
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+
+        def take(timeout: float | None) -> None:
+            for future in wait(running, timeout, FIRST_COMPLETED).done:
                 index = running.pop(future)
                 future.result()
                 hand_over(index)
+
+        def go_on() -> None:
+            take(0)
+            begin(own=False)
+
+        begin(own=True)
+        if meanwhile is not None:
+            meanwhile(go_on)
+        while waiting or running:
+            take(None)
+            begin(own=True)
 
     def _make(self, job: FillJob) -> HostSegment | None:
         segment: HostSegment | None = None

@@ -249,9 +249,12 @@ def verify_all(tensors: Sequence[EncodedTensor], progress: Progress | None = Non
             pool.shutdown(cancel_futures=True)
 
 
-def decoded_on(device: torch.device, tensors: Sequence[EncodedTensor]) -> dict[int, torch.Tensor]:
-    """The plain tensors of encoded ones, by the ids of these, decoded on ``device``, many at once. Raises Corrupt, NoCodec."""
-    verify_all(tensors)
+def decoded_on(
+    device: torch.device, tensors: Sequence[EncodedTensor], after_each: Callable[[], None]
+) -> dict[int, torch.Tensor]:
+    """The plain tensors of encoded ones, by the ids of these, decoded on ``device``, many at once. ``after_each`` is called after some
+    of them. Raises Corrupt, NoCodec."""
+    verify_all(tensors, lambda done, total: after_each())
     plain: dict[int, torch.Tensor] = {}
     with torch.inference_mode(False), _on(device):
         codec = codec_for(device) if tensors else None
@@ -266,6 +269,7 @@ def decoded_on(device: torch.device, tensors: Sequence[EncodedTensor]) -> dict[i
                 some.append(waiting.popleft())
                 size += some[-1].nbytes
             plain |= zip(map(id, some), _together(codec, device, some), strict=True)
+            after_each()
     return plain
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
-from .arena import Arena, FillJob, copy_host, lies_as
+from .arena import Arena, FillJob, Meanwhile, copy_host, lies_as
 from .coding import Coding, verify_all
 from .discover import Layer
 from .encoded import is_encoded
@@ -102,7 +102,7 @@ class PackedModel:
         self,
         patches: Patches = NO_PATCHES,
         progress: Progress | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> int:
         """Pack what is not packed yet, and repack each weight whose patch changed. Returns the bytes written. ``meanwhile`` is
         called once while other threads fill memory, see ``Arena.fill``.
@@ -162,7 +162,7 @@ class PackedModel:
             self.torn = True
 
     def _pack_waiting(
-        self, patches: Patches, progress: Progress | None, before: int, meanwhile: Callable[[], None] | None
+        self, patches: Patches, progress: Progress | None, before: int, meanwhile: Meanwhile | None
     ) -> int:
         """Pack segments that are not yet, as far as budget and RAM go. Returns the bytes written. ``progress`` is told them
         behind ``before``."""

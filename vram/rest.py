@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,16 +74,18 @@ class Rest:
         self.torn = False
         self._weights: list[tuple[Slotted, _Placed]] = []
 
-    def place(self, weights: Sequence[Slotted], patches: Patches) -> None:
-        """Copy ``weights`` to the device, patched, and let their modules see the copies, these alone."""
+    def place(self, weights: Sequence[Slotted], patches: Patches, after_each: Callable[[], None]) -> None:
+        """Copy ``weights`` to the device, patched, and let their modules see the copies, these alone. ``after_each`` is called now
+        and then."""
         self.clear()
         placed: dict[int, _Placed] = {}
-        plain = self._decoded(weights, patches)
+        plain = self._decoded(weights, patches, after_each)
         for slotted in weights:
             tensor = slotted.tensor
             if id(tensor) not in placed:
                 placed[id(tensor)] = _Placed(patches.signature(slotted.path), self._copy(slotted, patches, plain))
                 self.nbytes += tensor_bytes(tensor)
+                after_each()
             self._weights.append((slotted, placed[id(tensor)]))
         self.bind()
 
@@ -118,7 +120,9 @@ class Rest:
         for slotted, _ in self._weights:
             yield slotted
 
-    def _decoded(self, weights: Sequence[Slotted], patches: Patches) -> dict[int, torch.Tensor]:
+    def _decoded(
+        self, weights: Sequence[Slotted], patches: Patches, after_each: Callable[[], None]
+    ) -> dict[int, torch.Tensor]:
         """By their ids, the plain tensors on the device of those that are kept encoded and not patched."""
         encoded = {
             id(leaf): leaf
@@ -127,7 +131,7 @@ class Rest:
             for leaf in leaves(slotted.tensor)
             if is_encoded(leaf)
         }
-        return decoded_on(self.device, [*encoded.values()])
+        return decoded_on(self.device, [*encoded.values()], after_each)
 
     def _copy(self, slotted: Slotted, patches: Patches, plain: Mapping[int, torch.Tensor]) -> torch.Tensor:
         value = slotted.tensor

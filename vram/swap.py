@@ -140,7 +140,7 @@ class Swap:
         rest += [slotted for slotted, _ in weights.packed.left_out]
         self.adapter = Adapter(self)
         plan_that_fits(self, self.adapter.first(), rest, now)  # before anything is moved
-        written = weights.pack(patches, meanwhile=lambda: self._rest.place(rest, patches))
+        written = weights.pack(patches, meanwhile=lambda go_on: self._rest.place(rest, patches, go_on))
         weights.packed.owner = self
         first = plan_that_fits(self, self.adapter.first(), rest, now)
         self._patches = patches

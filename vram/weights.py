@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from .arena import Meanwhile
 from .coding import AUTO, OFF, Coding
 from .config import SwapConfig
 from .discover import Layer
@@ -99,7 +100,7 @@ class Weights:
         self.decode()
         self.lay_out(self.lossless)
 
-    def pack(self, patches: Patches, meanwhile: Callable[[], None] | None = None) -> int:
+    def pack(self, patches: Patches, meanwhile: Meanwhile | None = None) -> int:
         """Pack what is laid out, plain if patched weights do not fit encoded, and page-lock it. Returns the bytes written.
         ``meanwhile`` is called while other threads fill memory, and again if packing begins anew. Raises what
         ``PackedModel.pack`` does."""

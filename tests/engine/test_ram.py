@@ -87,7 +87,7 @@ def test_other_work_is_done_once_while_threads_fill():
         assert over.wait(20)
         buffer.fill_(1)
 
-    def work():
+    def work(go_on):
         assert begun.wait(20)
         order.append(threading.current_thread())
         over.set()
@@ -96,7 +96,7 @@ def test_other_work_is_done_once_while_threads_fill():
     arena.fill([FillJob(5000, fill, page_lock=False)] * 5, lambda index, segment: order.append(index), work)
     assert order[0] is threading.current_thread()
     assert sorted(order[1:]) == list(range(5))
-    arena.fill([], lambda index, segment: order.append(index), lambda: order.append("work"))
+    arena.fill([], lambda index, segment: order.append(index), lambda go_on: order.append("work"))
     assert order[6:] == ["work"]
 
 
@@ -109,7 +109,7 @@ def test_threads_are_only_so_far_ahead_of_what_is_taken():
             most[0] = max(most[0], ahead[0])
         filled.release()
 
-    def wait_for_all_that_may_be():
+    def wait_for_all_that_may_be(go_on):
         for _ in range(3 * AHEAD):
             assert filled.acquire(timeout=20)
 
@@ -120,6 +120,27 @@ def test_threads_are_only_so_far_ahead_of_what_is_taken():
     arena = Arena(CPU, threads=3, shared=HostBudget(1 << 60, Ram(available=1 << 40)))
     arena.fill([FillJob(5000, fill, page_lock=False)] * 50, take, wait_for_all_that_may_be)
     assert most[0] == 3 * AHEAD
+
+
+def test_other_work_lets_threads_go_on():
+    filled, taken, seen = threading.Semaphore(0), [], []
+
+    def fill(buffer):
+        buffer.fill_(1)
+        filled.release()
+
+    def work(go_on):
+        for _ in range(40):
+            while not filled.acquire(timeout=0.01):
+                go_on()
+        seen.extend(taken)
+
+    arena = Arena(CPU, threads=3, shared=HostBudget(1 << 60, Ram(available=1 << 40)))
+    jobs = [FillJob(5000, fill, page_lock=False, on_calling_thread=number == 49) for number in range(50)]
+    arena.fill(jobs, lambda index, segment: taken.append(index), work)
+    assert len(seen) >= 40 - 3 * AHEAD
+    assert 49 not in seen
+    assert sorted(taken) == list(range(50))
 
 
 def test_linux_sets_no_limit_windows_half_of_the_ram(monkeypatch):

@@ -181,7 +181,7 @@ def test_other_work_that_raises_while_threads_fill_leaves_nothing_page_locked(mo
         begun.release()
         assert over.wait(20)
 
-    def fail():
+    def fail(go_on):
         for _ in range(3):
             assert begun.acquire(timeout=20)
         raise Failure
