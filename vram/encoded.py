@@ -81,10 +81,10 @@ class EncodedTensor(torch.Tensor):
             data = self._written().cpu()
             found = checksum_of(data)
             if found != wanted:
-                self._chunks = None  # the file may be mended
+                self._chunks = None  # the file may be mended, where this is not a copy
                 raise Corrupt(
                     f"{self.path} is damaged: the checksum of its encoded bytes is {found:08x}, not {wanted:08x}. "
-                    "Download or copy the file again"
+                    "Download or copy the file again, and load the model again"
                 )
             self._chunks = self._read_chunks(data)  # a file that was mended since had another table
             self.checksum = None
@@ -98,12 +98,14 @@ class EncodedTensor(torch.Tensor):
 
     def chunks(self) -> Chunks:
         """Where its chunks lie; its table is read once. Raises Corrupt."""
-        if self._chunks is None:
-            self._chunks = self._read_chunks(self.encoded.cpu())
-        return self._chunks
+        chunks = self._chunks
+        if chunks is None:
+            chunks = self._chunks = self._read_chunks(self.encoded.cpu())
+        return chunks
 
     def read_again(self, copied: torch.Tensor) -> None:
         """Its bytes were ``copied``: what counts is the table there. Raises Corrupt."""
+        self._chunks = None  # of a table that cannot be, the file's is read again
         self._chunks = self._read_chunks(copied)
 
     def _read_chunks(self, data: torch.Tensor) -> Chunks:

@@ -383,14 +383,16 @@ class PackedModel:
             (self.layers[first:last], None if host is None else host.buffer)
             for (first, last), host in zip(units, hosts, strict=True)
         ]
-        verified = [self._verification.of(self.layers[first].segment) for first, _ in units]
+        verified = [self._verification.gate(self.layers[first].segment) for first, _ in units]
         return unit_codings(places, self.arena.device, verified)
 
     def close(self) -> None:
         """Unregister the page-locked memory, and give back another card's. The weights stay in RAM, as ordinary memory."""
-        self._verification.end(cancel=True)
-        self._lender.close()
-        if self.away_bytes:
-            for segment in self._segments:
-                segment.away = None
-            self.offload.give_back()
+        try:
+            self._verification.end()
+        finally:
+            self._lender.close()
+            if self.away_bytes:
+                for segment in self._segments:
+                    segment.away = None
+                self.offload.give_back()

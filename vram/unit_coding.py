@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from .units import format_bytes
 
 if TYPE_CHECKING:
     from .segments import PackedLayer
+    from .verification import Gate
 
 SLACK = 128  # one part in so many more room than a weight takes, because it may be patched
 
@@ -63,13 +64,13 @@ class UnitCoding:
 
     batch: Batch
     moves: tuple[tuple[int, int, int], ...]
-    verified: Callable[[], object]
+    verified: Gate
 
 
 def unit_codings(
     units: Sequence[tuple[Sequence[PackedLayer], torch.Tensor | None]],
     device: torch.device,
-    verified: Sequence[Callable[[], object]],
+    verified: Sequence[Gate],
 ) -> list[UnitCoding | None]:
     """The coding of each unit: consecutive layers of a segment, and what they are packed in, or None if they are not packed yet.
     None where no layer is encoded. ``verified``: of each, see UnitCoding."""

@@ -6,11 +6,11 @@ Filling memory is bound by the memory's bandwidth, so verifying meanwhile would 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
 from typing import TYPE_CHECKING
 
+from .codec import Corrupt
 from .encoding import thread_count
 
 if TYPE_CHECKING:
@@ -18,41 +18,59 @@ if TYPE_CHECKING:
     from .segments import Segment
 
 
+class Gate:
+    """Opens when ``tensors`` are verified. ``futures``: by their positions, of those that another thread verifies."""
+
+    def __init__(self, tensors: Sequence[EncodedTensor] = ()) -> None:
+        self.tensors = tensors
+        self.futures: dict[int, Future[str | None]] = {}
+
+    def __call__(self) -> None:
+        """Wait until all are verified. Raises Corrupt, each time, where one is damaged."""
+        for position, tensor in enumerate(self.tensors):
+            future = self.futures.get(position)
+            damage = _damage(tensor) if future is None or future.cancelled() else future.result()
+            if damage is not None:
+                raise Corrupt(damage)
+        self.tensors = ()
+
+
 class Verification:
     """Of the segments of one model."""
 
     def __init__(self) -> None:
-        self._found: dict[int, Future[None]] = {}
+        self._gates: dict[int, Gate] = {}
 
     def begin(self, segments: Sequence[Segment]) -> None:
         """Verify, in their order, what is packed and was not verified yet. What was begun before has ended."""
-        waiting = {number: some for number, segment in enumerate(segments) if (some := segment.unverified)}
-        self._found = {}
-        if waiting:
+        waiting = {number: segment.unverified for number, segment in enumerate(segments)}
+        self._gates = {number: Gate(tensors) for number, tensors in waiting.items() if tensors}
+        if self._gates:
             pool = ThreadPoolExecutor(thread_count(), thread_name_prefix="intelligent-vram-verify")
             try:
-                for number, some in waiting.items():
-                    self._found[number] = pool.submit(_verify, some)
-            finally:
-                pool.shutdown(wait=False)  # its threads end when all is verified
+                for gate in self._gates.values():
+                    for position, tensor in enumerate(gate.tensors):
+                        gate.futures[position] = pool.submit(_damage, tensor)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            pool.shutdown(wait=False)  # its threads end when all is verified
 
-    def of(self, segment: int) -> Callable[[], object]:
-        """What waits until segment number ``segment`` is verified, and raises Corrupt if it is damaged."""
-        return partial(_result, self._found.get(segment))
+    def gate(self, segment: int) -> Gate:
+        """That of segment number ``segment``."""
+        return self._gates.get(segment) or Gate()
 
-    def end(self, cancel: bool = False) -> None:
-        """Wait until nothing is being verified. ``cancel``: what was not begun is not; the next ``begin`` takes it up."""
-        if cancel:
-            for future in self._found.values():
-                future.cancel()
-        wait(self._found.values())
+    def end(self) -> None:
+        """Nothing is being verified any more. What was not yet, the next ``begin`` takes up."""
+        futures = [future for gate in self._gates.values() for future in gate.futures.values()]
+        wait([future for future in futures if not future.cancel()])
+        self._gates = {}
 
 
-def _verify(tensors: Sequence[EncodedTensor]) -> None:
-    for tensor in tensors:
+def _damage(tensor: EncodedTensor) -> str | None:
+    """What is wrong with a tensor. In words, because an exception would keep what those who raise it again were doing."""
+    try:
         tensor.verify()
-
-
-def _result(future: Future[None] | None) -> None:
-    if future is not None:
-        future.result()
+    except Corrupt as error:
+        return str(error)
+    return None

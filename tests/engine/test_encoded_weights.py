@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .models import contents
-from .test_lossless import ON, big, same, values
+from .test_lossless import ON, SMALL, big, same, values
 
 CONFIG = replace(ON, mode="chunkwise", streamed_blocks=3)
 
@@ -68,23 +68,26 @@ def test_weights_that_come_encoded_are_streamed_as_the_choice_says(lossless, mod
 
 @pytest.mark.parametrize("damage", [0, 70_000, -1])
 @pytest.mark.parametrize("budget", [None, 0, 300_000])
+@pytest.mark.parametrize("block_size", [SMALL, 1 << 30])
 @torch.no_grad()
-def test_a_damaged_weight_is_found_before_it_is_decoded_and_named(budget, damage, monkeypatch):
+def test_a_damaged_weight_is_found_before_it_is_decoded_and_named(budget, damage, block_size, monkeypatch):
     model, x, decoded = encode_all(big()), torch.randn(2, 256).bfloat16(), []
     model.blocks[2][1].weight.encoded[damage] ^= 1
     kept = {name: tensor.encoded.clone() for name, tensor in model.named_parameters() if is_encoded(tensor)}
     decode = Decoder.decode
     monkeypatch.setattr(Decoder, "decode", lambda *args: (decode(*args), decoded.append(args[1].index)))
+    config = replace(CONFIG, host_budget=budget, block_size=block_size)
     if budget is not None:  # then it stays in its file
         with pytest.raises(Corrupt, match="w is damaged"):
-            attach(model, replace(CONFIG, host_budget=budget), "cpu")
+            attach(model, config, "cpu")
     else:
-        swap = attach(model, replace(CONFIG, host_budget=budget), "cpu")
+        swap = attach(model, config, "cpu")
+        last = len(swap.plan.units) - 1
         for _ in range(2):
             with pytest.raises(Corrupt, match="w is damaged"):
                 model(x)
         swap.detach()
-    assert 5 not in decoded
+    assert budget is not None or last not in decoded
     assert "forward" not in vars(model)
     encoded = {name: tensor.encoded for name, tensor in model.named_parameters() if is_encoded(tensor)}
     assert all(torch.equal(encoded[name][: len(before)], before) for name, before in kept.items())
@@ -117,6 +120,66 @@ def test_a_unit_waits_until_it_is_verified_and_no_longer(monkeypatch):
     swap.detach()
 
 
+@torch.no_grad()
+def test_a_damaged_weight_keeps_nothing_of_the_forwards_that_failed():
+    model, seen = encode_all(big()), []
+    model.blocks[2][1].weight.encoded[-1] ^= 1
+    swap = attach(model, CONFIG, "cpu")
+    for _ in range(2):
+        x = torch.randn(2, 256).bfloat16()
+        seen.append(weakref.ref(x))
+        with pytest.raises(Corrupt, match="w is damaged"):
+            model(x)
+        del x
+    seen += [weakref.ref(slot.buffer) for slot in swap.streamer.slots]
+    packed = swap.detach(keep_encoded=True)
+    assert packed is not None
+    assert [ref() for ref in seen] == [None] * len(seen)
+
+
+@torch.no_grad()
+def test_a_patch_may_change_while_weights_are_verified(monkeypatch):
+    model, x = encode_all(big()), torch.randn(2, 256).bfloat16()
+    patches = Patches(lambda path: 1 if path.endswith("weight") else None, lambda path, tensor: tensor * 2)
+    wanted, patched = copy.deepcopy(model)(x), copy.deepcopy(model)
+    for block in patched.blocks:
+        for layer in block:
+            layer.weight = nn.Parameter(layer.weight * 2, requires_grad=False)
+    verify = EncodedTensor.verify
+    monkeypatch.setattr(EncodedTensor, "verify", lambda tensor: (time.sleep(0.02), verify(tensor)))
+    monkeypatch.setattr(verification, "thread_count", lambda: 1)
+    swap = attach(model, CONFIG, "cpu")
+    swap.repack(patches)
+    assert torch.equal(model(x), patched(x))
+    swap.repack(Patches(lambda path: None, lambda path, tensor: tensor))
+    assert torch.equal(model(x), wanted)
+    swap.detach()
+    assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("number", range(7))
+@torch.no_grad()
+def test_threads_that_cannot_be_started_do_not_let_a_weight_pass_unverified(number, monkeypatch):
+    model, x, calls = encode_all(big()), torch.randn(2, 256).bfloat16(), []
+    wanted = copy.deepcopy(model)(x)
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *args):
+            calls.append(args)
+            if len(calls) == number + 1:
+                raise RuntimeError("can't start new thread")
+            return super().submit(*args)
+
+    monkeypatch.setattr(verification, "ThreadPoolExecutor", Pool)
+    if number < 6:
+        with pytest.raises(RuntimeError, match="new thread"):
+            attach(model, CONFIG, "cpu")
+    swap = attach(model, CONFIG, "cpu")
+    assert torch.equal(model(x), wanted)
+    assert all(layer.weight.checksum is None for block in model.blocks for layer in block)
+    swap.detach()
+
+
 def test_a_weight_can_be_verified_by_two_threads_at_once(monkeypatch):
     weight, calls = encoded(big().blocks[0][0].weight), []
 
@@ -134,12 +197,13 @@ def test_a_weight_can_be_verified_by_two_threads_at_once(monkeypatch):
 
 @torch.no_grad()
 def test_what_was_not_verified_when_the_model_was_taken_off_is_when_it_is_attached_again(monkeypatch):
-    model, x = encode_all(big()), torch.randn(2, 256).bfloat16()
+    model, x, begun = encode_all(big()), torch.randn(2, 256).bfloat16(), []
     wanted = copy.deepcopy(model)(x)
     with monkeypatch.context() as patch:
         patch.setattr(verification, "thread_count", lambda: 1)
-        patch.setattr(EncodedTensor, "verify", lambda tensor: time.sleep(0.2))
+        patch.setattr(EncodedTensor, "verify", lambda tensor: (begun.append(tensor), time.sleep(0.2)))
         packed = attach(model, CONFIG, "cpu").detach(keep_encoded=True)
+    assert len(begun) <= 2
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("intelligent-vram-verify")]
     damaged = model.blocks[1][1].weight
     damaged.encoded[-damaged.encoded.nbytes // 2] ^= 1
@@ -210,6 +274,29 @@ def test_a_weight_that_was_loaded_again_takes_the_place_of_a_damaged_one():
     packed = swap.detach(keep_encoded=True)
     model.blocks[1][0].weight = mended
     swap = attach(model, CONFIG, "cpu", packed=packed)
+    assert torch.equal(model(x), wanted)
+    swap.detach()
+
+
+@pytest.mark.parametrize(
+    ("config", "mended_at"),
+    [(replace(CONFIG, host_budget=0), 1), (replace(CONFIG, max_vram=1000), 2)],
+    ids=["streams from its file", "the table was read, and no more"],
+)
+@torch.no_grad()
+def test_a_file_that_was_mended_in_place_can_be_attached(config, mended_at):
+    model, x = big(), torch.randn(2, 256).bfloat16()
+    wanted = model(x)
+    table = encode_all(model).blocks[1][0].weight.encoded[:4].view(torch.int32)
+    table -= 64  # is possible, and wrong
+    with pytest.raises((Corrupt, LimitTooSmall)):
+        attach(model, config, "cpu")
+    table += 64
+    for attempt in range(mended_at):
+        try:
+            swap = attach(model, CONFIG, "cpu")
+        except Corrupt:
+            assert attempt == 0
     assert torch.equal(model(x), wanted)
     swap.detach()
 
