@@ -180,6 +180,19 @@ def test_threads_that_cannot_be_started_do_not_let_a_weight_pass_unverified(numb
     swap.detach()
 
 
+def test_a_gate_verifies_what_no_thread_did():
+    whole, damaged = (encoded(big().blocks[0][0].weight) for _ in range(2))
+    damaged.encoded[-1] ^= 1
+    gate = verification.Gate([whole, damaged])
+    for _ in range(2):
+        with pytest.raises(Corrupt, match="w is damaged"):
+            gate()
+    damaged.encoded[-1] ^= 1
+    gate()
+    assert whole.checksum is None
+    assert damaged.checksum is None
+
+
 def test_a_weight_can_be_verified_by_two_threads_at_once(monkeypatch):
     weight, calls = encoded(big().blocks[0][0].weight), []
 
