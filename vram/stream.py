@@ -39,7 +39,7 @@ class Streamer:
         self.slots: list[Slot] = []
         self.order: Order[StreamUnit] = Order()
         self.floating = False
-        self.floating_bytes = 0
+        self.floating_bytes = self._resident_bytes = 0
         self.peak_bytes = 0
         self._unit_of: list[StreamUnit] = []
         self._trace: list[int] = []
@@ -85,6 +85,7 @@ class Streamer:
                 unit.slot = unit.load = slot.unit = None
             unit.bind(slot)
             unit.resident = slot.buffer
+            self._resident_bytes += unit.nbytes
 
     def evict(self, unit: StreamUnit) -> int:
         """Drop a resident unit's device memory; it streams from now on. Returns the bytes given back."""
@@ -93,6 +94,7 @@ class Streamer:
                 return 0
             unit.unbind()
             unit.resident = None
+            self._resident_bytes -= unit.nbytes
             return unit.nbytes
 
     def stream_evicted(self, slots: int, slot_bytes: int) -> None:
@@ -133,7 +135,7 @@ class Streamer:
                     unit.forget_views()
                 for slot in self.slots:
                     slot.unit = None
-                self.floating_bytes = 0
+                self.floating_bytes = self._resident_bytes = 0
 
     def forget_sources(self) -> None:
         """Let go of the memory that units are copied from: it is packed anew, and ``configure`` comes before the next copy."""
@@ -163,9 +165,8 @@ class Streamer:
     @property
     def device_bytes(self) -> int:
         """Device memory that slots, resident units, loads and the decoder's buffers take now."""
-        resident = sum(unit.nbytes for unit in self.units if unit.resident is not None)
         slots = sum(slot.buffer.numel() for slot in self.slots)
-        return resident + slots + self.floating_bytes + self._copier.nbytes
+        return self._resident_bytes + slots + self.floating_bytes + self._copier.nbytes
 
     def relearn(self) -> None:
         """The set of resident units changed, or what a forward needs is to be measured anew."""
