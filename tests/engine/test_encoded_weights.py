@@ -238,8 +238,13 @@ def test_bytes_behind_the_last_chunk_are_damage(budget):
     longer = layer.weight.over(torch.cat((layer.weight.encoded, torch.zeros(9000, dtype=torch.uint8))))
     longer.checksum = checksum_of(longer.encoded)
     layer.weight = nn.Parameter(longer, requires_grad=False)
-    with pytest.raises(Corrupt, match="w is damaged"):
+
+    def run():
         attach(model, replace(CONFIG, host_budget=budget), "cpu")
+        model(torch.randn(2, 256).bfloat16())
+
+    with pytest.raises(Corrupt, match="w is damaged"):
+        run()
 
 
 @pytest.mark.parametrize("stop", [False, True])
