@@ -25,7 +25,7 @@ _KEPT = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 def checksum_of(encoded: torch.Tensor) -> int:
     """Of uint8 [n] in host memory: CRC-32 of the sums (modulo 2**64) of the little-endian 64-bit words of each KiB, and of the
     bytes behind the last KiB. It finds damage as a CRC of all bytes would, except words that changed places within a KiB, at
-    the speed of memory: a CRC of all bytes is what setting up a model would wait for."""
+    the speed of memory, so that copies do not wait for it."""
     data = encoded.numpy()
     whole = len(data) - len(data) % KIB
     words = data[:whole].view("<u8")
