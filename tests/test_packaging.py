@@ -172,10 +172,12 @@ def test_figures_in_the_readme_are_the_benchmarks_figures(page: str) -> None:
 
 
 def test_both_readmes_have_the_same_parts_in_the_same_order() -> None:
-    def shape(text: str) -> list[tuple[str, int]]:
+    def shape(text: str) -> list[tuple[str, int, int]]:
         code = re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
         parts = re.split(r"^## ", text, flags=re.MULTILINE)
-        return [("blocks of code", len(code))] + [("rows", part.count("\n|")) for part in parts]
+        return [("blocks of code and links", len(code), text.count("]("))] + [
+            ("rows and bold paragraphs", part.count("\n|"), part.count("\n**")) for part in parts
+        ]
 
     assert shape(read("README.md")) == shape(read("README.zh.md"))
 
