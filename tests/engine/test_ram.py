@@ -140,9 +140,7 @@ def test_other_work_lets_threads_go_on():
     arena = Arena(CPU, threads=3, shared=HostBudget(1 << 60, Ram(available=1 << 40)))
     jobs = [FillJob(5000, torch.Tensor.zero_, False, on_calling_thread=number == own) for number in range(50)]
     arena.fill(jobs, lambda index, segment: taken.append(index), work)
-    assert sorted(seen) == list(
-        range(own)
-    )  # what the calling thread fills itself, and what is behind that, comes later
+    assert sorted(seen) == list(range(own))  # what the calling thread fills itself comes later, and what is behind it
     assert sorted(taken) == list(range(50))
 
 
